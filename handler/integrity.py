@@ -1,0 +1,52 @@
+"""Digests of everything in an archive, so that a changed byte is refused before it is served."""
+
+import hashlib
+import json
+from pathlib import Path
+
+DIGESTS = "digests.json"
+
+
+class IntegrityError(RuntimeError):
+    """An archive that is not as it was built."""
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_digests(folder: Path) -> None:
+    """Record every file below `folder` in `folder`/digests.json."""
+    digests = {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != DIGESTS
+    }
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+
+
+def verify_digests(folder: Path) -> None:
+    """Check every file that digests.json records.
+
+    Raises:
+        IntegrityError: a file that is missing or changed, by name, or no record at all.
+    """
+    try:
+        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{DIGESTS} of the archive cannot be read ({error}): build the archive again"
+        ) from None
+    for name, expected in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise IntegrityError(f"{name} is missing from the archive: build the archive again")
+        if sha256(path) != expected:
+            raise IntegrityError(
+                f"{name} in the archive is not the file it was built with (sha256 {expected}): "
+                "copy or build the archive again"
+            )

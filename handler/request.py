@@ -1,0 +1,148 @@
+"""From what a client sent to texts and options, or a refusal that says what to mend."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from handler.decoding.options import DecodingOptions
+from handler.fields import FieldError, dotted, read, shown
+
+JSON = "application/json"
+TEXT = "text/plain"
+
+
+class Refusal(Exception):
+    """A request that is not served: HTTP status, a stable type, a message for whoever sent it."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+    def body(self) -> str:
+        """`{"code", "type", "message"}`, the shape of every error."""
+        return json.dumps({"code": self.status, "type": self.kind, "message": str(self)})
+
+
+@dataclass(frozen=True)
+class TranslationRequest:
+    """What to translate. `content_type` is that of the answer too."""
+
+    texts: list[str]
+    options: DecodingOptions
+    content_type: str
+
+
+def parse(content_type: str | None, body: object, most_texts: int) -> TranslationRequest:
+    """The request in `body`.
+
+    `application/json` is `{"text": string or list of strings, <options>}`; `text/plain` is one
+    sentence a line, UTF-8, where a blank line is answered by a blank line.
+
+    Args:
+        content_type: of the HTTP header; parameters after `;` are allowed.
+        body: bytes; or str or parsed JSON, where TorchServe has decoded already.
+
+    Raises:
+        Refusal: with status 400, or 413 for too many texts.
+    """
+    if body is None or body in (b"", ""):
+        raise Refusal(400, "InvalidRequest", f"the request has no body; send {JSON} or {TEXT}")
+    kind = (content_type or "").split(";")[0].strip().lower()
+    if kind == JSON:
+        given = decoded_json(body) if isinstance(body, (bytes, bytearray, str)) else body
+        if not isinstance(given, Mapping):
+            raise Refusal(
+                400, "InvalidRequest",
+                f'the body: got {shown(given)}; allowed: an object such as {{"text": "..."}}',
+            )
+        options = {key: value for key, value in given.items() if key != "text"}
+        try:
+            request = TranslationRequest(
+                texts_of(given), read(DecodingOptions, options), content_type=JSON
+            )
+        except FieldError as error:
+            raise Refusal(400, "InvalidOption", str(error)) from None
+        check_texts(request.texts, blank=False)
+    elif kind == TEXT:
+        lines = decoded_text(body).removesuffix("\n").split("\n")
+        texts = [line.removesuffix("\r") for line in lines]
+        request = TranslationRequest(texts, DecodingOptions(), content_type=TEXT)
+        check_texts(texts, blank=any(text.strip() for text in texts))
+    else:
+        raise Refusal(
+            400, "InvalidContentType",
+            f"Content-Type: got {shown(content_type)}; allowed: {JSON} or {TEXT}",
+        )
+    if len(request.texts) > most_texts:
+        raise Refusal(
+            413, "TooManyTexts",
+            f"text: got {len(request.texts)} texts; allowed: at most {most_texts} in a request",
+        )
+    return request
+
+
+def decoded_json(body: bytes | bytearray | str) -> object:
+    try:
+        return json.loads(body, parse_constant=no_constant)
+    except RecursionError:
+        problem = "nested too deeply"
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not {error.encoding}"
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} at line {error.lineno} column {error.colno}"
+    except ValueError as error:
+        problem = str(error)
+    raise Refusal(400, "InvalidJSON", f"the body is not valid JSON: {problem}")
+
+
+def no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def decoded_text(body: object) -> str:
+    if isinstance(body, str):
+        return body
+    if isinstance(body, (bytes, bytearray)):
+        try:
+            return body.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise Refusal(
+                400, "InvalidText", f"the body is not UTF-8: byte {error.start} is "
+                f"0x{body[error.start]:02x}; send UTF-8"
+            ) from None
+    raise Refusal(400, "InvalidText", f"the body: got {shown(body)}; allowed: text")
+
+
+def texts_of(given: Mapping[object, object]) -> list[str]:
+    """The field `text`, a string or a list of at least one, as a list."""
+    if "text" not in given:
+        raise FieldError("text", "missing; allowed: a string or a list of strings")
+    text = given["text"]
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, list) or not text:
+        raise FieldError(
+            "text", f"got {shown(text)}; allowed: a string or a list of at least one string"
+        )
+    for i, one in enumerate(text):
+        if not isinstance(one, str):
+            raise FieldError(f"text[{i}]", f"got {shown(one)}; allowed: a string")
+    return text
+
+
+def check_texts(texts: list[str], blank: bool) -> None:
+    """Refuse what is not text: nothing but space (unless `blank`), or half a surrogate pair."""
+    for i, text in enumerate(texts):
+        where = dotted("", "text" if len(texts) == 1 else f"text[{i}]")
+        if not blank and not text.strip():
+            raise Refusal(
+                400, "EmptyText", f"{where}: got {shown(text)}; allowed: text that is not blank"
+            )
+        surrogate = next((j for j, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+        if surrogate is not None:
+            raise Refusal(
+                400, "InvalidText",
+                f"{where}: character {surrogate} is the lone surrogate "
+                f"U+{ord(text[surrogate]):04X}; allowed: whole Unicode characters",
+            )

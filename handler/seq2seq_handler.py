@@ -1,0 +1,100 @@
+"""The module that TorchServe 0.12 loads. Everything that depends on TorchServe is here.
+
+It runs with `continuousBatching: true` and one worker: TorchServe calls `handle` again and again
+with every request that is live. A request that is left out of `ctx.request_ids` gets no reply in
+this call and comes again in the next; one that no longer comes was dropped by its client.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handler.decoding import Engine
+from handler.decoding.model import load
+from handler.fields import read
+from handler.integrity import verify_digests
+from handler.service import Incoming, Service, ServiceOptions
+from handler.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Seq2SeqHandler:
+    """TorchServe's handler: exactly one class in this module, as its loader demands."""
+
+    def initialize(self, ctx: Any) -> None:
+        """Load and check the archive, and warm up; the worker is READY when this returns.
+
+        Raises:
+            IntegrityError, ValueError, RuntimeError: the archive, its configuration or the device
+                is not as it should be; TorchServe then never reports the worker ready.
+        """
+        folder = Path(ctx.system_properties["model_dir"])
+        verify_digests(folder)
+        config = ctx.model_yaml_config or {}
+        options = read(ServiceOptions, config.get("handler") or {}, "handler")
+        gpu = ctx.system_properties.get("gpu_id")
+        device = torch.device("cpu")
+        if torch.cuda.is_available() and gpu is not None and int(gpu) >= 0:
+            device = torch.device("cuda", int(gpu))
+        elif options.require_gpu:
+            raise RuntimeError(
+                f"handler.require_gpu is true, but the worker was given gpu_id {gpu} and "
+                f"torch sees {torch.cuda.device_count()} GPUs"
+            )
+        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        model = ctx.manifest["model"]
+        self.service = Service(
+            Engine(load(str(folder / model["serializedFile"]), device), options.rows, device),
+            Tokenizer(folder / "source.model"),
+            Tokenizer(folder / "target.model"),
+            model["modelName"],
+            model["modelVersion"],
+            options,
+        )
+        self.service.warm_up()
+        quieten()
+        logger.info("ready on %s with %d rows", device, options.rows)
+
+    def handle(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
+        """One round; see `Service.round`. Never raises: that would reset every client."""
+        live = [
+            Incoming(
+                ctx.get_request_id(i),
+                header(ctx, i, "url_path"),
+                header(ctx, i, "content-type"),
+                one.get("body", one.get("data")),
+            )
+            for i, one in enumerate(data)
+        ]
+        replies = self.service.round(live)
+        for i, reply in enumerate(replies):
+            if reply is None:
+                del ctx.request_ids[i]
+            else:
+                ctx.set_response_status(reply.status, "", i)
+                ctx.set_response_content_type(i, reply.content_type)
+        # None ends a request with a plain response; true and false are for streams.
+        ctx.stopping_criteria = [plain] * len(live)
+        return ["" if reply is None else reply.body for reply in replies]
+
+
+def plain(_: object) -> None:
+    return None
+
+
+def header(ctx: Any, i: int, name: str) -> str:
+    """A header of request `i`; names keep the client's case, so all are compared in lower case."""
+    headers = ctx.request_processor[i].get_request_properties()
+    return next((v for k, v in headers.items() if k.lower() == name and isinstance(v, str)), "")
+
+
+def quieten() -> None:
+    """Drop the two lines that TorchServe logs at every call: the worker's standard output is its
+    control channel, parsed line by line, and a call every few steps would fill it."""
+    logging.getLogger().addFilter(lambda r: not str(r.msg).startswith("Backend received"))
+    metrics = logging.getLogger("ts.metrics.caching_metric")
+    metrics.addFilter(lambda r: "PredictionTime" not in r.getMessage())

@@ -1,0 +1,203 @@
+"""The encoder-decoder as it is trained: whole sequences in, logits of every position out."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from model.lstm import LSTMStack
+from model.options import ModelOptions
+
+PAD = 0  # id of padding, in every vocabulary
+
+
+class Encoder(nn.Module):
+    """h_t = RNN(emb(x_t), h_{t-1}), h_0 = 0; optionally over the reversed source, or both ways."""
+
+    def __init__(self, options: ModelOptions, vocabulary: int) -> None:
+        super().__init__()
+        self.reverse = options.reverse_source
+        self.embedding = nn.Embedding(vocabulary, options.embedding_size, padding_idx=PAD)
+        self.dropout = nn.Dropout(options.dropout)
+        self.stack = LSTMStack(
+            options.embedding_size,
+            options.encoder_hidden_size,
+            options.encoder_layers,
+            bidirectional=options.bidirectional,
+            dropout=options.dropout,
+            residual=options.residual,
+            layer_norm=options.layer_norm,
+        )
+
+    def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Args:
+            source: int64 [N, S], padded with 0.
+            lengths: int64 [N], each 1..S.
+
+        Returns:
+            Outputs [N, S, directions*H], in the order of reading; the last states of all layers,
+            h and c, each [N, L*directions*H].
+        """
+        if self.reverse:
+            source = reversed_within(source, lengths)
+        x = self.dropout(self.embedding(source))  # [N, S, E]
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        output, h, c = self.stack(packed, None, None)
+        y, _ = pad_packed_sequence(output, batch_first=True, total_length=source.size(1))
+        return y, h.transpose(0, 1).flatten(1), c.transpose(0, 1).flatten(1)
+
+
+def reversed_within(source: Tensor, lengths: Tensor) -> Tensor:
+    """Each row of [N, S] read backwards within its length (1409.3215, section 3.3)."""
+    place = torch.arange(source.size(1), device=source.device)  # [S]
+    mirrored = lengths.unsqueeze(1) - 1 - place  # [N, S], negative in the padding
+    return source.gather(1, torch.where(mirrored < 0, place, mirrored))
+
+
+class Bridge(nn.Module):
+    """The decoder's first state from the encoder's last, whatever their depths and widths."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        self.layers = options.decoder_layers
+        last = options.encoder_layers * options.directions * options.encoder_hidden_size
+        first = options.decoder_layers * options.decoder_hidden_size
+        self.learned = options.kind == "attention"
+        self.h = nn.Linear(last, first) if self.learned else nn.Identity()
+        self.c = nn.Linear(last, first) if self.learned else nn.Identity()
+
+    def forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, L_enc*directions*H_enc] twice -> h_0 and c_0 [N, L, H] of the decoder."""
+        h, c = self.h(h), self.c(c)
+        if self.learned:
+            h = torch.tanh(h)
+        return h.view(h.size(0), self.layers, -1), c.view(c.size(0), self.layers, -1)
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention of decoder states over the encoder's outputs
+    (Luong et al. 2015, arXiv 1508.04025, 'general'), and the readout of equation 5."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        memory = options.directions * options.encoder_hidden_size
+        self.scale = options.attention_size**-0.5
+        self.key = nn.Linear(memory, options.attention_size, bias=False)
+        self.value = nn.Linear(memory, options.attention_size, bias=False)
+        self.query = nn.Linear(options.decoder_hidden_size, options.attention_size, bias=False)
+        self.readout = nn.Linear(
+            options.decoder_hidden_size + options.attention_size, options.feature_size
+        )
+
+    def weights(self, h: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """h [N, K, H], keys [N, S, A], mask bool [N, S] -> weights [N, K, S], rows sum to 1."""
+        scores = torch.bmm(self.query(h) * self.scale, keys.transpose(1, 2))  # [N, K, S]
+        return torch.softmax(scores.masked_fill(~mask.unsqueeze(1), float("-inf")), 2)
+
+    def forward(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """h [N, K, H], keys and values [N, S, A], mask bool [N, S] -> features [N, K, E]."""
+        context = torch.bmm(self.weights(h, keys, mask), values)  # [N, K, A]
+        return torch.tanh(self.readout(torch.cat([h, context], 2)))
+
+
+class Network(nn.Module):
+    """Encoder, bridge, decoder, attention (where the kind has it) and generator.
+
+    Args:
+        options: sizes and switches.
+        source_vocabulary, target_vocabulary: V of each side, padding (id 0) included.
+    """
+
+    def __init__(
+        self, options: ModelOptions, source_vocabulary: int, target_vocabulary: int
+    ) -> None:
+        super().__init__()
+        self.options = options
+        self.encoder = Encoder(options, source_vocabulary)
+        self.bridge = Bridge(options)
+        self.embedding = nn.Embedding(target_vocabulary, options.embedding_size, padding_idx=PAD)
+        self.decoder = LSTMStack(
+            options.embedding_size,
+            options.decoder_hidden_size,
+            options.decoder_layers,
+            bidirectional=False,
+            dropout=options.dropout,
+            residual=options.residual,
+            layer_norm=options.layer_norm,
+        )
+        self.attention = Attention(options) if options.kind == "attention" else None
+        self.dropout = nn.Dropout(options.dropout)
+        self.generator = nn.Linear(options.feature_size, target_vocabulary)
+        self.initialise()
+        if options.tie_embeddings != "none":
+            self.generator.weight = self.embedding.weight
+        if options.tie_embeddings == "all":
+            if source_vocabulary != target_vocabulary:
+                raise ValueError(
+                    "tie_embeddings: got 'all' with vocabularies of "
+                    f"{source_vocabulary} and {target_vocabulary}; it needs a joint vocabulary"
+                )
+            self.encoder.embedding.weight = self.embedding.weight
+
+    def initialise(self) -> None:
+        """First weights, by `options.initialisation`; layer normalisation starts as identity.
+
+        uniform: everything from U(-r, r), r = init_range (1409.3215, section 3.4).
+        glorot: matrices from U(-r, r), r = sqrt(6 / (fan in + fan out)), gate by gate (Glorot and
+            Bengio 2010, equation 16); embeddings from N(0, 1/E); biases 0, but 1 for the forget
+            gate (Jozefowicz et al. 2015, section 2.2). Small networks start to learn only so.
+        """
+        r = self.options.init_range
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if isinstance(module, nn.LayerNorm):
+                    continue
+                if self.options.initialisation == "uniform":
+                    nn.init.uniform_(parameter, -r, r)
+                elif isinstance(module, nn.Embedding):
+                    nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+                elif parameter.dim() == 1:
+                    nn.init.zeros_(parameter)
+                    if isinstance(module, nn.LSTM) and name.startswith("bias_ih"):
+                        nn.init.ones_(parameter.data.chunk(4)[1])  # gates: i, f, g, o
+                else:
+                    for gate in parameter.data.chunk(4 if isinstance(module, nn.LSTM) else 1):
+                        nn.init.xavier_uniform_(gate)
+            if isinstance(module, nn.Embedding):
+                nn.init.zeros_(module.weight[PAD])
+
+    def features(
+        self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor
+    ) -> Tensor:
+        """What the generator reads at each target position [N, T, feature size].
+
+        The generator is left to the caller, who need not pay for it at padded positions.
+
+        Args:
+            source: int64 [N, S]; target: int64 [N, T], beginning with BOS; both padded with 0.
+            source_lengths, target_lengths: int64 [N], each at least 1.
+        """
+        memory, h, c = self.encoder(source, source_lengths)
+        h0, c0 = self.bridge(h, c)  # [N, L, H]
+        x = self.dropout(self.embedding(target))  # [N, T, E]
+        packed = pack_padded_sequence(
+            x, target_lengths.cpu(), batch_first=True, enforce_sorted=False
+        )
+        output, _, _ = self.decoder(
+            packed, h0.transpose(0, 1).contiguous(), c0.transpose(0, 1).contiguous()
+        )
+        y, _ = pad_packed_sequence(output, batch_first=True, total_length=target.size(1))
+        if self.attention is not None:
+            keys, values = self.attention.key(memory), self.attention.value(memory)
+            y = self.attention(self.dropout(y), keys, values, positions(source, source_lengths))
+        return self.dropout(y)
+
+    def forward(
+        self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor
+    ) -> Tensor:
+        """Logits of the token after each target position, float [N, T, V]; see `features`."""
+        return self.generator(self.features(source, source_lengths, target, target_lengths))
+
+
+def positions(padded: Tensor, lengths: Tensor) -> Tensor:
+    """bool [N, S]: true where a row of `padded` [N, S] is within its length."""
+    return torch.arange(padded.size(1), device=padded.device) < lengths.unsqueeze(1)

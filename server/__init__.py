@@ -1,0 +1,1 @@
+"""The process around TorchServe: checks, start, readiness, stop, and a small client."""

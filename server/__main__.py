@@ -1,0 +1,162 @@
+"""python -m server: run the server in the foreground, or translate with one that runs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, MODEL, translate
+from server.errors import ServerError
+from server.torchserve import ServerOptions, TorchServe
+
+# Enough to fill a server's batch, and little enough to answer long before the time-out.
+_LINES_PER_REQUEST = 64
+
+
+class _Stopped(BaseException):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 1 after an error, or 128 + N after signal N.
+
+    A server that the user ends with Ctrl-C has done its work: 0.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "serve":
+            return _serve(options)
+        return _translate(options)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Python would write what is left once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = ServerOptions()
+    parser = argparse.ArgumentParser(prog="python -m server", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser("serve", help="run the server until Ctrl-C or SIGTERM")
+    serve.add_argument("--model-store", type=Path, default=defaults.model_store, metavar="DIR")
+    serve.add_argument("--host", default=defaults.host, help="address to serve (%(default)s)")
+    for name, default in (
+        ("--port", defaults.port),
+        ("--management-port", defaults.management_port),
+        ("--metrics-port", defaults.metrics_port),
+    ):
+        serve.add_argument(name, type=int, metavar="N", help=f"{default}; 0 means a free one")
+    serve.add_argument(
+        "--free-ports", action="store_true", help="choose every port that is not given"
+    )
+    serve.add_argument("--verbose", action="store_true", help="show all that TorchServe logs")
+
+    client = commands.add_parser("translate", help="translate texts, or lines of standard input")
+    client.add_argument("text", nargs="*", metavar="TEXT")
+    client.add_argument("--url", default=DEFAULT_URL, help="the server (%(default)s)")
+    client.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS")
+    return parser
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    defaults = ServerOptions()
+
+    def port(given: int | None, default: int) -> int:
+        return given if given is not None else 0 if arguments.free_ports else default
+
+    server = TorchServe(
+        ServerOptions(
+            model_store=arguments.model_store,
+            host=arguments.host,
+            port=port(arguments.port, defaults.port),
+            management_port=port(arguments.management_port, defaults.management_port),
+            metrics_port=port(arguments.metrics_port, defaults.metrics_port),
+            verbose=arguments.verbose,
+        )
+    )
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
+        numbers.append(signal.SIGHUP)
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        # The first signal starts the end; another must not interrupt it and leave a worker behind.
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Stopped(number)
+
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        try:
+            _run(server)
+        finally:
+            server.stop()
+    except _Stopped as stopped:
+        _say("stopped")
+        return 0 if stopped.number == signal.SIGINT else 128 + stopped.number
+    return 0
+
+
+def _run(server: TorchServe) -> NoReturn:
+    """Serve for ever; the way out is an exception."""
+    _say(f"starting TorchServe with {server.options.model_store}")
+    server.start()
+    _say("loading the model")
+    server.wait_ready()
+    address = f"{server.url}/predictions/{MODEL}"
+    body = json.dumps({"text": ["A sentence."]})
+    _say(f"ready: {address}")
+    _say(f"metrics: {server.metrics_url}")
+    _say(f"try: curl {address} -H 'Content-Type: application/json' -d '{body}'")
+    _say("stop with Ctrl-C")
+    server.wait()
+    raise server.failure()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _translate(arguments: argparse.Namespace) -> int:
+    for stream in (sys.stdin, sys.stdout):
+        # A text can have any characters, whatever the terminal's locale.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
+    try:
+        for texts in _batches(arguments.text or (line.rstrip("\n") for line in sys.stdin)):
+            answer = translate(arguments.url, texts, timeout=arguments.timeout)
+            for hypotheses in answer["translations"]:
+                _say(hypotheses[0]["text"])
+    except (LookupError, TypeError) as error:
+        raise ServerError(f"server {arguments.url} answered a translation without text") from error
+    except UnicodeDecodeError as error:
+        raise ServerError(f"standard input is not UTF-8 ({error}): convert it first") from error
+    return 0
+
+
+def _batches(lines: Iterable[str]) -> Iterator[list[str]]:
+    rest = iter(lines)
+    while batch := list(islice(rest, _LINES_PER_REQUEST)):
+        yield batch
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Check a model archive before it is served."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+from server.errors import ServerError
+
+_CHUNK = 1 << 20
+_MANIFEST = "MAR-INF/MANIFEST.json"
+
+
+def check_archive(archive: Path) -> bool:
+    """Refuse an archive that is missing or altered; return whether a digest was there to check.
+
+    The digest stands beside the archive in `<archive>.sha256`, as sha256sum writes it.
+    """
+    if not archive.is_file():
+        raise ServerError(
+            f"archive {archive} not found: build it (`make mar`), "
+            "or name the directory that holds it as model store"
+        )
+    try:
+        with zipfile.ZipFile(archive) as content:
+            content.getinfo(_MANIFEST)
+    # TorchServe unpacks what it can of a cut archive, and then reports some other trouble.
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise ServerError(
+            f"archive {archive} is no complete model archive ({error}): copy or make it again"
+        ) from error
+    digest_file = archive.with_name(archive.name + ".sha256")
+    if not digest_file.exists():
+        return False
+    expected = _read_digest(digest_file, archive.name)
+    with archive.open("rb") as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise ServerError(
+            f"archive {archive} has SHA-256 {digest.hexdigest()}, {digest_file.name} says "
+            f"{expected}: copy or make the archive again"
+        )
+    return True
+
+
+def _read_digest(digest_file: Path, name: str) -> str:
+    try:
+        lines = digest_file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(
+            f"digest file {digest_file} cannot be read ({error}): make it again with sha256sum"
+        ) from error
+    for line in lines:
+        # "*" is sha256sum's mark for binary mode.
+        found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if found is not None and Path(found[2]).name == name:
+            return found[1].lower()
+    raise ServerError(
+        f"digest file {digest_file} has no line for {name}: make it again with sha256sum"
+    )

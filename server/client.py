@@ -1,0 +1,92 @@
+"""A client of the REST API that needs nothing but Python's standard library."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from server.errors import ReplyError, ServerError
+
+MODEL = "seq2seq"
+DEFAULT_URL = "http://127.0.0.1:8080"
+DEFAULT_TIMEOUT = 60.0
+
+
+def translate(
+    url: str,
+    texts: Sequence[str],
+    options: Mapping[str, Any] | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
+) -> dict[str, Any]:
+    """Translate texts with the server at `url`; return its answer as it came.
+
+    `answer["translations"]` has one list for each text, its best translation first. `options` are
+    those of the REST API, such as beam_size, but no stream; `timeout` is in seconds.
+    """
+    body = json.dumps({**(options or {}), "text": list(texts)}).encode("utf-8")
+    answer = _post(f"{url.rstrip('/')}/predictions/{MODEL}", body, timeout)
+    if not isinstance(answer, dict) or not isinstance(answer.get("translations"), list):
+        raise ServerError(f"server {url} answered without translations: is it this project's?")
+    if len(answer["translations"]) != len(texts):
+        raise ServerError(
+            f"server {url} answered {len(answer['translations'])} translations "
+            f"for {len(texts)} texts: is it this project's?"
+        )
+    return answer
+
+
+def _post(url: str, body: bytes, timeout: float) -> Any:
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ServerError(f"url is {url}: allowed is http://HOST:PORT or https://HOST:PORT")
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with _opener(url).open(request, timeout=timeout) as reply:
+            return json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _reply_error(error) from error
+    except urllib.error.URLError as error:
+        raise ServerError(
+            f"server {url} cannot be reached ({error.reason}): start one with "
+            "`python -m server serve`, or give its address"
+        ) from error
+    except TimeoutError as error:
+        raise ServerError(
+            f"server {url} did not answer in {timeout:g} s: send less at once, or wait longer"
+        ) from error
+    except ValueError as error:
+        raise ServerError(f"server {url} answered no JSON ({error})") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise ServerError(
+            f"server {url} broke off while it answered ({error}): send the request again"
+        ) from error
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """Return an opener that asks no proxy for this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if local:
+        return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return urllib.request.build_opener()
+
+
+def _reply_error(error: urllib.error.HTTPError) -> ReplyError:
+    """Read an error's body: {"code", "type", "message"}, or nothing where TorchServe sends none."""
+    kind, message = "HTTPError", str(error.reason)
+    try:
+        body = json.loads(error.read())
+        kind, message = str(body["type"]), str(body["message"])
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        if error.code == 413:
+            message += ": send fewer texts at once"
+    return ReplyError(error.code, kind, " ".join(message.split()))

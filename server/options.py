@@ -1,0 +1,71 @@
+"""What to serve and where, checked before anything starts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import ServerError
+
+CONFIG = Path(__file__).resolve().parent.parent / "config.properties"
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What to serve and where. Port 0 means a free one; `models` are NAME=FILE in the store."""
+
+    model_store: Path = Path("model-store")
+    models: tuple[str, ...] = ("seq2seq=seq2seq.mar",)
+    host: str = LOOPBACK
+    port: int = 8080
+    management_port: int = 8081
+    metrics_port: int = 8082
+    metrics_host: str = LOOPBACK
+    worker_port: int = 0
+    config: Path = CONFIG
+    verbose: bool = False
+    # Where the server's temporary directory is made; None: where the system makes such.
+    state_dir: Path | None = None
+    # Seconds from start() to a loaded model.
+    startup_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ServerError("models is empty: allowed is at least one NAME=FILE")
+        for model in self.models:
+            # TorchServe splits this list at commas, and makes paths and URLs of both parts.
+            if re.fullmatch(r"[\w.-]+=[\w.-]+", model) is None:
+                raise ServerError(
+                    f"models has {model!r}: allowed is NAME=FILE, of letters, digits, '_.-'"
+                )
+        for field in ("host", "metrics_host"):
+            value = getattr(self, field)
+            # TorchServe 0.12 parses addresses with a pattern that knows no IPv6.
+            if re.fullmatch(r"[\w.-]+", value) is None:
+                raise ServerError(f"{field} is {value!r}: allowed is a host name or IPv4 address")
+        ports = ("port", "management_port", "metrics_port", "worker_port")
+        for field in ports:
+            if not 0 <= getattr(self, field) <= 65535:
+                raise ServerError(f"{field} is {getattr(self, field)}: allowed is 0 to 65535")
+        fixed = [getattr(self, field) for field in ports if getattr(self, field)]
+        if len(set(fixed)) < len(fixed):
+            raise ServerError(f"{', '.join(ports)} has one of {fixed} twice: choose distinct ports")
+        if self.startup_timeout <= 0:
+            raise ServerError(f"startup_timeout is {self.startup_timeout}: allowed is above 0")
+
+
+def check_config(config: Path) -> None:
+    """Refuse a configuration under which a server would not listen where it is told to."""
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(
+            f"configuration {config} cannot be read ({error}): restore it, or name another"
+        ) from error
+    if re.search(r"^\s*enable_envvars_config\s*=\s*true\s*$", text, re.MULTILINE) is None:
+        raise ServerError(
+            f"configuration {config} lacks enable_envvars_config=true, without which ports and "
+            "addresses cannot be set: add that line"
+        )

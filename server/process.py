@@ -1,0 +1,69 @@
+"""What a running server owns on its machine: a directory and a group of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from server.errors import ServerError
+
+# A killed process is gone within this; a zombie that nobody buries is not worth a longer wait.
+GONE_SECONDS = 5.0
+# TorchServe's own shutdown takes about 2.5 s; what has not gone by then is killed.
+_STOP_SECONDS = 15.0
+_POLL_SECONDS = 0.01
+# sun_path holds 104 bytes on macOS (108 on Linux), its end mark included.
+_SOCKET_PATH_BYTES = 103
+
+
+def private_directory(parent: Path | None, worker_port: int) -> Path:
+    """Make the directory for unpacked archives and for the workers' sockets, .ts.sock.PORT.
+
+    It is one server's own: two that share it would meet in the socket files.
+    """
+    places = [parent] if parent is not None else [Path(tempfile.gettempdir()), Path("/tmp")]
+    for place in places:
+        with contextlib.suppress(OSError):
+            place.mkdir(parents=True, exist_ok=True)
+        try:
+            directory = Path(tempfile.mkdtemp(prefix="seq2serve-", dir=place.resolve()))
+        except OSError as error:
+            raise ServerError(
+                f"state directory {place} cannot be written ({error.strerror}): choose another"
+            ) from error
+        if len(os.fsencode(directory / f".ts.sock.{worker_port}")) <= _SOCKET_PATH_BYTES:
+            return directory
+        directory.rmdir()
+    raise ServerError(
+        f"state directory {places[0].resolve()} has too long a path for a socket, of which "
+        f"{_SOCKET_PATH_BYTES} bytes are allowed: choose a shorter one"
+    )
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """End a process and all others of its group, gently first, and wait until they are gone."""
+    try:
+        process.terminate()
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        # Workers that outlived Java are in its group; Java itself, if it did not listen.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    deadline = time.monotonic() + GONE_SECONDS
+    while time.monotonic() < deadline:
+        # Where we are process 1, as in a container, the orphaned workers are ours to bury.
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-process.pid, os.WNOHANG)
+        try:
+            os.killpg(process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(_POLL_SECONDS)

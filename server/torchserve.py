@@ -1,0 +1,266 @@
+"""Run TorchServe 0.12: what it needs, started, watched and stopped without leaving anything behind.
+
+Java is started directly, because the `torchserve` command passes no signal on to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+
+from server.archive import check_archive
+from server.errors import ServerError
+from server.java import find_java
+from server.log import ServerLog, exit_reason, load_failure
+from server.options import LOOPBACK, ServerOptions, check_config
+from server.ports import choose_ports
+from server.process import GONE_SECONDS, end_group, private_directory
+
+__all__ = ["ServerOptions", "TorchServe"]
+
+LOGGING = Path(__file__).resolve().parent / "log4j2.xml"
+# For as many requests as may wait and run at once (jobQueueSize and batchSize of an archive's
+# model-config.yaml), each of max_request_size; Java takes it only when it is needed.
+HEAP = "512m"
+
+_POLL_SECONDS = 0.1
+_REQUEST_SECONDS = 10.0
+# Java sets these itself from its arguments; a variable of the user's would silently win.
+_OWNED_VARIABLES = {
+    "LOG_LOCATION",
+    "METRICS_LOCATION",
+    "TS_CONFIG_FILE",
+    "TS_LOAD_MODELS",
+    "TS_MODEL_SERVER_HOME",
+    "TS_MODEL_STORE",
+    "TS_WORKFLOW_STORE",
+}
+
+
+class TorchServe:
+    """One TorchServe with its workers; as a context manager, ready inside and gone after."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self._ports: dict[str, int] = {}
+        self._process: subprocess.Popen[str] | None = None
+        self._log: ServerLog | None = None
+        self._directory: Path | None = None
+
+    def __enter__(self) -> TorchServe:
+        try:
+            self.start()
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where requests go."""
+        return f"http://{_reachable(self.options.host)}:{self._port('inference')}"
+
+    @property
+    def management_url(self) -> str:
+        """TorchServe's management interface, on loopback always."""
+        return f"http://{LOOPBACK}:{self._port('management')}"
+
+    @property
+    def metrics_url(self) -> str:
+        """What Prometheus reads."""
+        return f"http://{_reachable(self.options.metrics_host)}:{self._port('metrics')}/metrics"
+
+    @property
+    def pid(self) -> int:
+        """The process id of Java, which is also that of the process group with its workers."""
+        return self._running().pid
+
+    def start(self) -> None:
+        """Check everything that can be checked, then start Java; does not wait for the model."""
+        options = self.options
+        if self._process is not None:
+            raise ServerError(f"server {self.url} is started already: stop it first")
+        check_config(options.config)
+        for model in options.models:
+            check_archive(options.model_store / model.split("=")[1])
+        java = find_java()
+        home = _torchserve_home()
+        self._ports = choose_ports(
+            {
+                "inference": (options.host, options.port),
+                "management": (LOOPBACK, options.management_port),
+                "metrics": (options.metrics_host, options.metrics_port),
+                "worker": (LOOPBACK, options.worker_port),
+                "grpc inference": (LOOPBACK, 0),
+                "grpc management": (LOOPBACK, 0),
+            }
+        )
+        self._directory = private_directory(options.state_dir, self._ports["worker"])
+        command = [
+            str(java.path.absolute()),
+            f"-Dmodel_server_home={home}",
+            f"-Djava.io.tmpdir={self._directory}",
+            f"-Dlog4j.configurationFile={LOGGING.as_uri()}",
+            f"-Dseq2serve.log={'info' if options.verbose else 'warn'}",
+            f"-Xmx{HEAP}",
+            "-XX:+ExitOnOutOfMemoryError",
+            *("-cp", f"{home}/ts/frontend/*"),
+            "org.pytorch.serve.ModelServer",
+            *("--python", sys.executable),
+            *("-f", str(options.config.resolve())),
+            *("-s", str(options.model_store.resolve())),
+            "-ncs",
+            "--disable-token-auth",
+            # Last, because it takes every argument that follows for a model.
+            *("-m", *options.models),
+        ]
+        self._process = subprocess.Popen(
+            command,
+            # Java writes log directories where it stands.
+            cwd=self._directory,
+            env=self._environment(os.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            # Ctrl-C in a terminal reaches us alone, and one signal reaches every worker.
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        self._log = ServerLog(self._process.stdout, show=options.verbose)
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Return when every model has a worker that can answer; raise as soon as one cannot."""
+        seconds = self.options.startup_timeout if timeout is None else timeout
+        deadline = time.monotonic() + seconds
+        while not self.is_ready():
+            self._raise_if_failed()
+            if time.monotonic() > deadline:
+                raise self._load_error(f"server {self.url} is not ready after {seconds:g} s")
+            time.sleep(_POLL_SECONDS)
+        assert self._log is not None
+        self._log.show(True)
+
+    def is_ready(self) -> bool:
+        """Say whether every model has a worker that can answer, as management sees it now."""
+        # TorchServe's own /ping and health paths are true while a model loads and after it failed.
+        return all(self._has_worker(model.split("=")[0]) for model in self.options.models)
+
+    def wait(self) -> int:
+        """Wait for Java to end, which it does not do by itself, and return its exit status."""
+        return self._running().wait()
+
+    def failure(self) -> ServerError:
+        """Return the error that tells why Java ended."""
+        assert self._log is not None
+        self._log.close(GONE_SECONDS)
+        lines, status = self._log.lines, self._running().poll()
+        return ServerError(
+            f"TorchServe stopped with exit status {status}: {exit_reason(lines)}", lines
+        )
+
+    def stop(self) -> None:
+        """Stop Java and every worker and remove their files; without effect when not running."""
+        process, log, directory = self._process, self._log, self._directory
+        self._process = self._log = self._directory = None
+        try:
+            if process is not None and log is not None:
+                # The end of a connection to a worker looks like an error, and is logged as one.
+                log.show(self.options.verbose)
+                end_group(process)
+                log.close(GONE_SECONDS)
+        finally:
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """Return Java's environment: TS_<KEY> replaces <key> of config.properties."""
+        kept = {key: value for key, value in inherited.items() if key not in _OWNED_VARIABLES}
+        ports, options = self._ports, self.options
+        return kept | {
+            "TS_INFERENCE_ADDRESS": f"http://{options.host}:{ports['inference']}",
+            "TS_MANAGEMENT_ADDRESS": f"http://{LOOPBACK}:{ports['management']}",
+            "TS_METRICS_ADDRESS": f"http://{options.metrics_host}:{ports['metrics']}",
+            "TS_GRPC_INFERENCE_ADDRESS": LOOPBACK,
+            "TS_GRPC_MANAGEMENT_ADDRESS": LOOPBACK,
+            "TS_GRPC_INFERENCE_PORT": str(ports["grpc inference"]),
+            "TS_GRPC_MANAGEMENT_PORT": str(ports["grpc management"]),
+            "TS_INITIAL_WORKER_PORT": str(ports["worker"]),
+        }
+
+    def _port(self, name: str) -> int:
+        if name not in self._ports:
+            raise ServerError(f"the {name} port is not known yet: start the server first")
+        return self._ports[name]
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            raise ServerError("the server is not started: start it first")
+        return self._process
+
+    def _has_worker(self, name: str) -> bool:
+        if self._running().poll() is not None:
+            return False
+        request = f"{self.management_url}/models/{name}"
+        # A proxy of the environment has no business on loopback.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(request, timeout=_REQUEST_SECONDS) as reply:
+                versions = json.load(reply)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 404:
+                raise self._load_error(f"TorchServe refused the archive of model {name}") from error
+            return False
+        except (OSError, ValueError):
+            return False
+        workers = [worker for version in versions for worker in version["workers"]]
+        return any(worker["status"] == "READY" for worker in workers)
+
+    def _raise_if_failed(self) -> None:
+        if self._running().poll() is not None:
+            raise self.failure()
+        assert self._log is not None
+        if self._log.worker_died:
+            # The exception's own lines come by another thread of Java, a little later.
+            time.sleep(5 * _POLL_SECONDS)
+            raise self._load_error("the worker died while it loaded the model")
+
+    def _load_error(self, what: str) -> ServerError:
+        assert self._log is not None
+        return ServerError(f"{what}: {load_failure(self._log.lines)}", self._log.lines)
+
+
+def _reachable(host: str) -> str:
+    return LOOPBACK if host == "0.0.0.0" else host
+
+
+def _torchserve_home() -> Path:
+    """Return the directory that holds the package `ts`, without importing it."""
+    spec = find_spec("ts")
+    for place in spec.submodule_search_locations or [] if spec else []:
+        if (Path(place) / "frontend" / "model-server.jar").is_file():
+            return Path(place).resolve().parent
+    raise ServerError(
+        f"TorchServe not found for {sys.executable}: run `pip install torchserve==0.12.0`"
+    )

@@ -1,0 +1,48 @@
+"""A model whose step probabilities are a table, so that expected output is computed by hand."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+A, B, C, D = 4, 5, 6, 7  # first ids that are not special
+
+
+class TableMemory(NamedTuple):
+    attended: list[Tensor]
+    initial: list[Tensor]
+
+
+class TableModel:
+    """p(next | previous) from a table: {previous: {next: probability}}.
+
+    A source whose first token is `poison` gives NaN for its own row only.
+    """
+
+    pad_id, unk_id, bos_id, eos_id = 0, 1, 2, 3
+    source_vocabulary = target_vocabulary = 12
+    max_source_length, max_target_length = 8, 20
+
+    def __init__(self, table: dict[int, dict[int, float]], poison: int = -1) -> None:
+        self.logits = torch.full((12, 12), -30.0)
+        for previous, nexts in table.items():
+            for token, probability in nexts.items():
+                self.logits[previous, token] = torch.tensor(probability).log()
+        self.poison = poison
+        self.rows_computed = 0
+
+    def encode(self, source: Tensor, lengths: Tensor) -> TableMemory:
+        return TableMemory([source.unsqueeze(2).float()], [source[:, :1].float()])
+
+    def start(self, memory: TableMemory) -> list[Tensor]:
+        return [memory.initial[0]]
+
+    def step(
+        self, previous: Tensor, state: list[Tensor], memory: TableMemory
+    ) -> tuple[Tensor, list[Tensor]]:
+        self.rows_computed += previous.numel()
+        assert state[0].size(0) == previous.numel()
+        assert memory.attended[0].size(0) == previous.size(0)
+        logits = self.logits[previous]  # [N, K, V]
+        poisoned = state[0].view(*previous.shape, 1) == self.poison
+        return logits.masked_fill(poisoned, float("nan")), state

@@ -1,0 +1,202 @@
+"""Reading and cleaning parallel text: every bad file is named, every pair is accounted for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.corpus import (
+    CorpusError,
+    Pair,
+    Report,
+    choose_held_out,
+    clean,
+    key,
+    lines,
+    misfit,
+    read,
+)
+from training.recipe import CleaningOptions, FilesOptions
+
+BOTH = FilesOptions(source="a", target="b")
+TSV = FilesOptions(tsv="t", source_column=3, target_column=1)
+
+
+def written(folder: Path, **files: bytes) -> Path:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"one\ntwo\n", ["one", "two"]),
+        (b"one\ntwo", ["one", "two"]),
+        (b"one\r\ntwo\r\n", ["one", "two"]),
+        (b"\n\n", ["", ""]),
+        (b"\xef\xbb\xbfone\ntwo\n", ["one", "two"]),
+        (b"one\n\xef\xbb\xbftwo\n", ["one", "\ufefftwo"]),
+        (
+            "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\rh\n".encode(),
+            ["a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\rh"],
+        ),
+        (b" a\0b \n", [" a\0b "]),
+    ],
+)
+def test_only_newlines_end_lines(tmp_path: Path, content: bytes, expected: list[str]) -> None:
+    assert list(lines(written(tmp_path, a=content) / "a")) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"one\ntw\xff\n", "line 2: byte 0xff at offset 6 "),
+        (b"\xef\xbb\xbf\x80", "line 1: byte 0x80 at offset 3 "),
+        ("one\n".encode("utf-16"), "line 1: byte 0xff at offset 0 "),
+        (b"\n\n\xed\xa0\x80\n", "line 3: byte 0xed at offset 2 "),  # a surrogate
+    ],
+)
+def test_invalid_utf8_is_located(tmp_path: Path, content: bytes, place: str) -> None:
+    path = written(tmp_path, a=content) / "a"
+    with pytest.raises(CorpusError) as error:
+        list(lines(path))
+    assert str(error.value).startswith(f"{path}: {place}of the file is not UTF-8")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"nothing: no such file$"):
+        list(lines(tmp_path / "nothing"))
+    with pytest.raises(CorpusError, match=r"cannot be read: Is a directory$"):
+        list(lines(tmp_path))
+    with pytest.raises(CorpusError, match=r"a: is empty; allowed: one sentence a line$"):
+        list(lines(written(tmp_path, a=b"") / "a"))
+
+
+def test_pairs_of_two_files(tmp_path: Path) -> None:
+    folder = written(tmp_path, a=b"one\r\n\r\nthree", b=b"eins\n\ndrei\n")
+    assert list(read(BOTH, folder)) == [("one", "eins"), ("", ""), ("three", "drei")]
+
+
+@pytest.mark.parametrize(("a", "b"), [(3, 1), (1, 3), (2, 1), (1, 2)])
+def test_differing_line_counts_name_both_files(tmp_path: Path, a: int, b: int) -> None:
+    folder = written(tmp_path, a=b"x\n" * a, b=b"y\n" * b)
+    with pytest.raises(CorpusError) as error:
+        list(read(BOTH, folder))
+    assert f"{folder / 'a'} ({a} lines) and {folder / 'b'} ({b} lines) differ" in str(error.value)
+
+
+def test_pairs_of_a_tsv(tmp_path: Path) -> None:
+    folder = written(tmp_path, t="1\t\u2028\t3\r\n\n4\t5\t6\t7\n".encode())
+    assert list(read(TSV, folder)) == [("3", "1"), ("", ""), ("6", "4")]
+    written(folder, t=b"1\t2\t3\n1\t2\n")
+    with pytest.raises(CorpusError, match=r"t: line 2: got 2 columns .* allowed: 3 or more"):
+        list(read(TSV, folder))
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
+
+
+@settings(deadline=None)
+@given(st.binary(), st.binary())
+def test_arbitrary_bytes_are_pairs_or_a_corpus_error(scratch: Path, a: bytes, b: bytes) -> None:
+    written(scratch, a=a, b=b, t=a + b)
+    for files in (BOTH, TSV):
+        try:
+            pairs = list(read(files, scratch))
+        except CorpusError:
+            continue
+        assert pairs
+        assert not any("\n" in text for pair in pairs for text in pair)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")), min_size=1
+    )
+)
+def test_lines_written_are_lines_read(scratch: Path, texts: list[str]) -> None:
+    content = "\ufeff" + "".join(f"{text}\n" for text in texts)
+    assert list(lines(written(scratch, a=content.encode()) / "a")) == texts
+
+
+def cleaned(
+    pairs: Sequence[tuple[str, str]], held_out: dict[int, str] | None = None, **options: bool
+) -> tuple[list[tuple[str, str, str]], Report]:
+    held_out = held_out or {}
+    report = Report(held_out=dict.fromkeys(held_out.values(), 0))
+    out = clean((Pair(*p) for p in pairs), CleaningOptions(**options), held_out, report)  # type: ignore[arg-type]
+    return [(name, *pair) for name, _, pair in out], report
+
+
+def test_empty_sides_and_duplicates_are_dropped() -> None:
+    pairs = [("a", "b"), ("", "b"), ("a", " \u200b"), ("a", "b"), ("a", "c")]
+    kept, report = cleaned(pairs)
+    assert kept == [("train", "a", "b"), ("train", "a", "c")]
+    assert report.read == 5
+    assert (report.dropped["empty"], report.dropped["duplicate"]) == (2, 1)
+    kept, _ = cleaned(pairs, drop_duplicates=False)
+    assert len(kept) == 3
+
+
+def test_a_held_out_sentence_comes_once_and_never_in_training() -> None:
+    pairs = [("a", "1"), ("b", "1"), ("a ", "2"), ("ａ", "3"), ("c", "1")]
+    kept, report = cleaned(pairs, {key("a"): "test", key("c"): "validation"})
+    assert kept == [("test", "a", "1"), ("train", "b", "1"), ("validation", "c", "1")]
+    assert report.held_out == {"test": 1, "validation": 1}
+    assert report.dropped["source held out"] == 2
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.text("ab ", max_size=3), st.text("xy", max_size=2)), max_size=60),
+    st.integers(1, 4),
+    st.sampled_from([["test"], ["validation"], ["test", "validation"]]),
+)
+def test_held_out_sentences_are_disjoint(
+    pairs: list[tuple[str, str]], count: int, sets: list[str]
+) -> None:
+    distinct = {key(s) for s, t in pairs if s.strip() and t.strip()}
+    if len(distinct) <= count * len(sets):
+        needed = (
+            rf"data\.held_out: got {count} .* {count * len(sets) + 1} .* it has {len(distinct)};"
+        )
+        with pytest.raises(CorpusError, match=needed):
+            choose_held_out((Pair(*p) for p in pairs), sets, count)
+        return
+    held_out = choose_held_out((Pair(*p) for p in pairs), sets, count)
+    assert held_out == choose_held_out((Pair(*p) for p in reversed(pairs)), sets, count)
+    first = choose_held_out((Pair(*p) for p in pairs), sets[:1], count)
+    assert first == {k: name for k, name in held_out.items() if name == sets[0]}
+    kept, report = cleaned(pairs, held_out)
+    sources = {name: [key(s) for n, s, _ in kept if n == name] for name in [*sets, "train"]}
+    for name in sets:
+        assert len(sources[name]) == len(set(sources[name])) == count == report.held_out[name]
+    assert sum(len(set(keys)) for keys in sources.values()) == len(distinct)
+    dropped = sum(report.dropped.values()) + sum(report.held_out.values())
+    assert report.read == len(pairs) == dropped + len(sources["train"])
+
+
+def test_lengths_that_do_not_fit_have_a_reason() -> None:
+    options = CleaningOptions(max_tokens=8, max_length_ratio=4.0)
+    assert misfit(8, 2, options) is None
+    assert misfit(2, 9, options) == "too long"
+    assert misfit(1, 5, options) == "length ratio"
+
+
+def test_the_report_is_a_table() -> None:
+    report = Report(read=12345, kept=12000, held_out={"test": 300}, warnings=["mind the gap"])
+    report.dropped["empty"] = 45
+    assert report.table().splitlines() == [
+        "pairs read               12,345",
+        "held out for test           300",
+        "dropped: empty               45",
+        "kept for training        12,000",
+        "warning: mind the gap",
+    ]
+    assert report.as_dict()["dropped"]["duplicate"] == 0

@@ -1,0 +1,258 @@
+"""The verb prepare on small text of its own: what it leaves, what it refuses, that it repeats."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import training.prepare
+from handler.tokenizer import Tokenizer
+from model import ModelOptions
+from training.batches import TokenPairs
+from training.corpus import CorpusError, lines
+from training.prepare import prepare
+from training.recipe import (
+    CleaningOptions,
+    DataOptions,
+    FilesOptions,
+    Recipe,
+    TokenizerOptions,
+)
+
+LEFT = [
+    "report.json", "test.source", "test.target", "train.pt", "validation.pt",
+    "validation.source", "validation.target",
+]  # fmt: skip
+TRAIN = FilesOptions(source="train.a", target="train.b")
+GIVEN = {
+    "validation": FilesOptions(source="validation.a", target="validation.b"),
+    "test": FilesOptions(tsv="test.tsv"),
+}
+
+
+def sentences(count: int, seed: int) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    words = ["cat", "dog", "sun", "sea", "red", "old", "new", "sees", "eats", "likes"]
+    pairs = []
+    for _ in range(count):
+        source = [rng.choice(words) for _ in range(rng.randint(3, 6))]
+        pairs.append((" ".join(source), " ".join(word[::-1] for word in source)))
+    return pairs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Text of all three sets; no sentence is in two of them."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    pairs = [(f"{s} {i}", f"{i} {t}") for i, (s, t) in enumerate(sentences(220, 1))]
+    for name, part in (("train", pairs[:200]), ("validation", pairs[200:210])):
+        for side, column in (("a", 0), ("b", 1)):
+            text = "".join(f"{pair[column]}\n" for pair in part)
+            (folder / f"{name}.{side}").write_text(text, encoding="utf-8")
+    rows = "".join(f"{s}\t{t}\n" for s, t in pairs[210:])
+    (folder / "test.tsv").write_text(rows, encoding="utf-8")
+    return folder
+
+
+def recipe_for(folder: Path, given: bool = True, **data: object) -> Recipe:
+    options = DataOptions(
+        folder=str(folder), **{"train": TRAIN, **(GIVEN if given else {}), **data}
+    )  # type: ignore[arg-type]
+    tokenizer = TokenizerOptions(source_vocabulary=288, target_vocabulary=288)
+    return Recipe(name="small", data=options, model=ModelOptions(), tokenizer=tokenizer)
+
+
+def summary_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "data" / "report.json").read_text(encoding="utf-8"))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def append(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        with open(folder / name.replace("_", "."), "a", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+
+def test_given_sets_are_left_as_they_are(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    report = prepare(recipe_for(folder), run)
+    assert sorted(os.listdir(run / "data")) == LEFT
+    assert (report.read, report.kept, report.held_out, report.warnings) == (200, 200, {}, [])
+    for side in ("a", "b"):
+        name = {"a": "source", "b": "target"}[side]
+        given = (folder / f"validation.{side}").read_bytes()
+        assert (run / "data" / f"validation.{name}").read_bytes() == given
+    source, target = (Tokenizer(run / "tokenizer" / f"{s}.model") for s in ("source", "target"))
+    pairs = TokenPairs.load(run / "data" / "train.pt")
+    assert len(pairs) == 200
+    first = pairs.source_tokens[: pairs.source_offsets[1]].tolist()
+    text = next(lines(folder / "train.a"))
+    assert first == [*source.encode(text), Tokenizer.EOS]
+    last = pairs.target_tokens[pairs.target_offsets[-2] :].tolist()
+    assert target.decode(last) == list(lines(folder / "train.b"))[-1]
+    assert len(TokenPairs.load(run / "data" / "validation.pt")) == 10
+
+
+def test_the_report_names_what_was_read_and_made(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    prepare(recipe_for(folder), run)
+    summary = summary_of(run)
+    text = (folder / "test.tsv").read_bytes()
+    assert summary["sha256"]["text"]["test"] == {"test.tsv": hashlib.sha256(text).hexdigest()}
+    model = (run / "tokenizer" / "source.model").read_bytes()
+    assert summary["sha256"]["tokenizer"]["source.model"] == hashlib.sha256(model).hexdigest()
+    assert summary["training_pairs"]["kept"] == 200
+    assert summary["recipe"]["tokenizer"]["source_vocabulary"] == 288
+    assert str(tmp_path) not in json.dumps(summary)
+
+
+def test_preparing_twice_gives_the_same_bytes(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_for(folder, given=False, held_out=20)
+    prepare(recipe, tmp_path / "a")
+    first = contents(tmp_path / "a")
+    prepare(recipe, tmp_path / "a")
+    prepare(recipe, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == first
+    assert capfd.readouterr() == ("", "")
+
+
+def test_byte_order_marks_and_crlf_change_nothing(folder: Path, tmp_path: Path) -> None:
+    prepare(recipe_for(folder), tmp_path / "a")
+    for path in folder.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    prepare(recipe_for(folder), tmp_path / "b")
+    a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert [name for name in a if a[name] != b[name]] == ["data/report.json"]
+
+
+def test_missing_sets_are_held_out(folder: Path, tmp_path: Path) -> None:
+    append(folder, train_a="cat 1\nCAT 2\n" * 3, train_b="tac 1\n2 TAC\nother 1\nother 2\nx\ny\n")
+    run = tmp_path / "run"
+    report = prepare(recipe_for(folder, given=False, held_out=20), run)
+    assert report.held_out == {"test": 20, "validation": 20}
+    assert report.read == 206 == report.kept + 40 + sum(report.dropped.values())
+    tokenizer = Tokenizer(run / "tokenizer" / "source.model")
+    pairs = TokenPairs.load(run / "data" / "train.pt")
+    offsets = pairs.source_offsets.tolist()
+    train = {
+        tokenizer.decode(pairs.source_tokens[a:b].tolist()) for a, b in itertools.pairwise(offsets)
+    }
+    held = [list(lines(run / "data" / f"{name}.source")) for name in ("validation", "test")]
+    assert [len(set(texts)) for texts in held] == [20, 20]
+    assert not set(held[0]) & set(held[1])
+    assert not train & {*held[0], *held[1]}
+
+
+def test_shared_sentences_are_counted(folder: Path, tmp_path: Path) -> None:
+    shared = "".join(f"{text}\n" for text in list(lines(folder / "train.a"))[:3])
+    append(folder, validation_a=shared, validation_b="x\ny\nz\n")
+    report = prepare(recipe_for(folder), tmp_path / "run")
+    assert report.warnings == [
+        "data.validation: 3 of 13 source sentences occur in data.train too, so scores on it "
+        "flatter the model"
+    ]
+    assert summary_of(tmp_path / "run")["training_pairs"]["warnings"] == report.warnings
+
+
+def test_only_training_text_is_cleaned(folder: Path, tmp_path: Path) -> None:
+    bad = {
+        "a": "sun sun sun sun sun sun sun sun sun\nold\n\n",
+        "b": "nus\n" + "dlo " * 60 + "\nx\n",
+    }
+    append(folder, train_a=bad["a"], train_b=bad["b"])
+    append(folder, validation_a=bad["a"][:-1], validation_b=bad["b"][:-2])
+    recipe = dataclasses.replace(recipe_for(folder), cleaning=CleaningOptions(max_tokens=50))
+    report = prepare(recipe, tmp_path / "run")
+    assert (report.read, report.kept) == (203, 200)
+    assert {k: n for k, n in report.dropped.items() if n} == {
+        "empty": 1, "too long": 1, "length ratio": 1,
+    }  # fmt: skip
+    assert len(TokenPairs.load(tmp_path / "run" / "data" / "validation.pt")) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.a", b"ok\n\xff\n", "train.a: line 2: byte 0xff at offset 3 "),
+        ("train.b", b"", "train.b: is empty"),
+        ("train.a", b"one line\n", r"train.a \(1 lines\) and .*train.b \(200 lines\)"),
+        ("validation.b", b"", "validation.b: is empty"),
+        ("validation.a", b"x\n" * 9 + b" \n", "validation.a: line 10: the source is empty"),
+        ("test.tsv", b"a\tb\na\n", "test.tsv: line 2: got 1 columns"),
+        ("test.tsv", b"a\tb\na\t\n", "test.tsv: line 2: the target is empty"),
+        ("train.a", b" \n" * 200, "no pair is left to train on\npairs read +200\ndropped: empty"),
+        ("train.a", b"x\n" * 200, r"tokenizer\.source_vocabulary: got 288; .* at most \d+"),
+    ],
+)
+def test_bad_text_is_named_and_leaves_nothing_half_done(
+    folder: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    run = tmp_path / "run"
+    prepare(recipe_for(folder), run)
+    (folder / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        prepare(recipe_for(folder), run)
+    assert sorted(os.listdir(run / "data")) == LEFT[1:]
+
+
+def test_a_corpus_of_one_line_is_too_small(folder: Path, tmp_path: Path) -> None:
+    (folder / "train.a").write_text("one\n", encoding="utf-8")
+    (folder / "train.b").write_text("eins\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"held_out: got 1000 .*at least 2001 .* it has 1;"):
+        prepare(recipe_for(folder, given=False), tmp_path / "run")
+    with pytest.raises(CorpusError, match=r"source_vocabulary: got 288; .* at most \d+"):
+        prepare(recipe_for(folder), tmp_path / "run")
+
+
+def test_nothing_left_by_length_is_an_error(folder: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe_for(folder), cleaning=CleaningOptions(max_tokens=1))
+    with pytest.raises(CorpusError, match=r"no pair is left .*\n.*\ndropped: too long +200"):
+        prepare(recipe, tmp_path / "run")
+
+
+def test_an_interrupted_run_is_not_complete(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    prepare(recipe_for(folder), run)
+    whole = contents(run)
+    for function in ("split", "train_tokenizers", "fit", "summarise"):
+        with monkeypatch.context() as patched:
+            patched.setattr(training.prepare, function, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(recipe_for(folder), run)
+        assert sorted(os.listdir(run / "data")) == LEFT[1:]
+    (run / "data" / ".partial" / "generated").mkdir(parents=True)  # what a killed run leaves
+    prepare(recipe_for(folder), run)
+    assert contents(run) == whole
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_dates_need_no_text(tmp_path: Path) -> None:
+    data = DataOptions(generator="dates", held_out=10_000)
+    tokenizer = TokenizerOptions(source_vocabulary=500, target_vocabulary=272)
+    recipe = Recipe(name="dates", data=data, model=ModelOptions(), tokenizer=tokenizer)
+    report = prepare(recipe, tmp_path / "run")
+    assert report.kept == report.read > 10_000
+    assert len(list(lines(tmp_path / "run" / "data" / "test.source"))) == 10_000
+    assert set(summary_of(tmp_path / "run")["sha256"]["text"]["train"]) == {
+        "train.source", "train.target",
+    }  # fmt: skip
+    recipe = dataclasses.replace(recipe, data=DataOptions(generator="dates", held_out=10_001))
+    with pytest.raises(CorpusError, match=r"data\.held_out must be 1 to 10000, not 10001"):
+        prepare(recipe, tmp_path / "run")

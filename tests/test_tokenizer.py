@@ -1,0 +1,206 @@
+"""Tokenizers: any text survives, nothing hostile hurts, learning is deterministic and explains
+what it refuses."""
+
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handler.tokenizer import Tokenizer
+from training.corpus import CorpusError, blank
+from training.recipe import TokenizerOptions
+from training.tokenizer import learn, sample, train_tokenizers
+
+TEXT = ["the cat sat on the mat", "the dog sat on the cat", "abc 123 가나다", "été, naïve"] * 3
+SIZE = 286
+MODELS = {
+    name: learn(TokenizerOptions(normalization=name), SIZE, TEXT, "source_vocabulary")
+    for name in ("nmt_nfkc", "nfkc", "identity")
+}
+TOKENIZERS = {name: Tokenizer(model) for name, model in MODELS.items()}
+USUAL = TOKENIZERS["nmt_nfkc"]
+
+
+def folded(text: str) -> str:
+    """What SentencePiece keeps of spaces; U+2581 is its own sign for one."""
+    return re.sub(" +", " ", text.replace("\u2581", " ")).strip(" ")
+
+
+def test_special_ids_are_fixed_and_never_come_from_text() -> None:
+    assert USUAL.pieces([0, 1, 2, 3]) == ["<pad>", "<unk>", "<s>", "</s>"]
+    assert USUAL.size == SIZE
+    ids = USUAL.encode("<pad> <unk> <s> </s> <0x41>")
+    assert min(ids) > 3
+    assert USUAL.decode(ids) == "<pad> <unk> <s> </s> <0x41>"
+
+
+def test_pieces_join_to_the_text() -> None:
+    ids = USUAL.encode("the cat 😀")
+    pieces = USUAL.pieces(ids)
+    assert "".join(pieces[:-4]) == "▁the▁cat▁"
+    assert pieces[-4:] == ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\0b",
+        "\0",
+        "a 😀 b",
+        "👩‍👩‍👧‍👦",
+        "\U0010ffff",
+        "\x80\x9c",
+        "x" * 10_000,
+        "the cat " * 1249 + "the cat",
+        "😀" * 10_000,
+    ],
+)
+def test_unusual_text_survives(text: str) -> None:
+    assert USUAL.decode(USUAL.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n\r", "\x01\x1f\x7f", "\u200b\ufeff", "\u2028", "▁"])
+def test_text_of_nothing_visible_has_no_tokens(text: str) -> None:
+    assert USUAL.encode(text) == []
+    assert blank(text)
+
+
+def test_text_with_something_visible_always_has_tokens() -> None:
+    silent = [c for c in map(chr, range(0x3100)) if not USUAL.encode(c)]
+    silent += [c for c in map(chr, range(0xE000, 0x10000)) if not USUAL.encode(c)]
+    assert len(silent) > 50
+    assert [c for c in silent if not blank(c)] == []
+
+
+@pytest.mark.parametrize(("text", "place"), [("\ud800", 0), ("ab\udfffc", 2), ("\ude00\ud83d", 0)])
+def test_lone_surrogates_are_refused_with_their_place(text: str, place: int) -> None:
+    with pytest.raises(ValueError, match=f"character {place} is a lone surrogate, U\\+D[89A-F]"):
+        USUAL.encode(text)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_byte_fallback_keeps_every_character(text: str) -> None:
+    tokenizer = TOKENIZERS["identity"]
+    assert tokenizer.decode(tokenizer.encode(text)) == folded(text)
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_normalised_text_comes_back(text: str) -> None:
+    # Characters that this Python does not know, it cannot normalise.
+    text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+    text = unicodedata.normalize("NFKC", text)
+    tokenizer = TOKENIZERS["nfkc"]
+    assert tokenizer.decode(tokenizer.encode(text)) == folded(text)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, SIZE - 1)))
+def test_any_ids_decode_to_unicode(ids: list[int]) -> None:
+    USUAL.decode(ids).encode()
+    assert len(USUAL.pieces(ids)) == len(ids)
+
+
+def test_decoding_skips_special_ids_and_mends_broken_bytes() -> None:
+    ids = USUAL.encode("the cat")
+    assert USUAL.decode([2, *ids[:1], 0, *ids[1:], 3, 0, 0]) == "the cat"
+    broken = USUAL.encode("😀")[:-1]
+    assert set(USUAL.decode(broken).strip()) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("wrong", [-1, SIZE, 10**9, 10**30])
+def test_ids_outside_the_vocabulary_are_named(wrong: int) -> None:
+    for use in (USUAL.decode, USUAL.pieces):
+        with pytest.raises(ValueError, match=f"got {wrong}; allowed: 0 to {SIZE - 1}"):
+            use([5, wrong])
+
+
+def test_models_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no\.model: cannot be read: No such file"):
+        Tokenizer(tmp_path / "no.model")
+    (tmp_path / "empty.model").touch()
+    with pytest.raises(ValueError, match=r"empty\.model: is empty"):
+        Tokenizer(tmp_path / "empty.model")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        Tokenizer(MODELS["nfkc"][:1000])
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=50))
+def test_any_bytes_are_a_model_or_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="the tokenizer: "):
+        Tokenizer(content)
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_learning_twice_gives_the_same_bytes_quietly(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], algorithm: str, joint: bool
+) -> None:
+    options = TokenizerOptions(
+        algorithm=algorithm,
+        joint=joint,
+        source_vocabulary=SIZE,
+        target_vocabulary=SIZE,  # type: ignore[arg-type]
+    )
+    for folder in ("a", "b"):
+        train_tokenizers(options, iter(TEXT), (line[::-1] for line in TEXT), tmp_path / folder)
+    a, b = (
+        [(tmp_path / f / f"{s}.model").read_bytes() for s in ("source", "target")] for f in "ab"
+    )
+    assert a == b
+    assert (a[0] == a[1]) == joint
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["source.model", "target.model"]
+    assert capfd.readouterr().err == ""
+
+
+def test_digits_are_single_pieces_and_long_lines_are_read() -> None:
+    text = ["2021 2021 2022"] * 5 + ["가" * 3000 + "나"]
+    tokenizer = Tokenizer(learn(TokenizerOptions(), 267, text, "source_vocabulary"))
+    assert tokenizer.pieces(tokenizer.encode("2021 나")) == ["▁", *"2021", "▁", "나"]
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_too_much_text_is_sampled_evenly(count: int, most: int) -> None:
+    sampled = [int(line) for line in sample(map(str, range(count)), most)]
+    assert min(count, most / 2) <= len(sampled) <= most
+    step = sampled[1] - sampled[0] if len(sampled) > 1 else max(count, 1)
+    assert sampled == list(range(0, count, step))
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+@pytest.mark.parametrize("byte_fallback", [False, True])
+@pytest.mark.parametrize("text", [["a"], TEXT, ["一二三四", "東京 タワー"]])
+def test_the_sizes_named_as_allowed_are(
+    algorithm: str, byte_fallback: bool, text: Sequence[str]
+) -> None:
+    options = TokenizerOptions(algorithm=algorithm, byte_fallback=byte_fallback)  # type: ignore[arg-type]
+    with pytest.raises(
+        CorpusError, match=r"tokenizer\.target_vocabulary: got 90000; .*allowed: at most \d+$"
+    ) as high:
+        learn(options, 90000, text, "target_vocabulary")
+    with pytest.raises(
+        CorpusError, match=r"tokenizer\.source_vocabulary: got 5; .*allowed: at least \d+$"
+    ) as low:
+        learn(options, 5, text, "source_vocabulary")
+    largest, smallest = (int(str(e.value).split()[-1]) for e in (high, low))
+    assert smallest <= largest
+    for size in {smallest, largest}:
+        assert Tokenizer(learn(options, size, text, "source_vocabulary")).size == size
+
+
+@pytest.mark.parametrize("text", [[], [""], [" ", "\u2028"]])
+def test_no_text_is_an_error(text: list[str]) -> None:
+    with pytest.raises(CorpusError, match="no line to learn from"):
+        learn(TokenizerOptions(), SIZE, text, "source_vocabulary")
+
+
+def test_the_handler_needs_nothing_but_sentencepiece() -> None:
+    source = Path(sys.modules["handler.tokenizer"].__file__ or "").read_text(encoding="utf-8")
+    assert not re.search(r"^\s*(from|import) (model|training|torch)\b", source, re.MULTILINE)

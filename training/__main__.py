@@ -1,0 +1,93 @@
+"""`python -m training VERB RECIPE`: the verbs, in the order of the data."""
+
+import argparse
+import io
+import logging
+import sys
+from pathlib import Path
+
+from training.recipe import Recipe, load
+from training.run import Run
+
+VERBS = {
+    "prepare": "clean the text, train the tokenizers, write token files",
+    "train": "learn the weights; goes on where a former run stopped",
+    "evaluate": "score the best weights on validation and test text",
+    "export": "write the best weights as model.pt (TorchScript)",
+    "archive": "build the .mar archive for TorchServe",
+    "translate": "translate standard input to standard output, line by line",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, what in VERBS.items():
+        verb = verbs.add_parser(name, help=what, description=what)
+        verb.add_argument("recipe", type=Path, help="YAML file, such as recipes/dates.yaml")
+        verb.add_argument("--data", help="folder of the text; instead of the recipe's data.folder")
+        verb.add_argument("--run", type=Path, help="folder of the run (default: runs/NAME)")
+        if name == "train":
+            verb.add_argument("--fresh", action="store_true", help="begin anew")
+        if name == "archive":
+            verb.add_argument("--store", type=Path, default=Path("model-store"),
+                              help="folder of the archive (default: model-store)")
+    return top
+
+
+def main() -> int:
+    arguments = parser().parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        recipe = load(arguments.recipe, arguments.data)
+        return carry_out(arguments, recipe, Run(arguments.run or Path("runs") / recipe.name))
+    except (ValueError, OSError) as error:
+        print(f"{arguments.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{arguments.verb}: stopped", file=sys.stderr)
+        return 130
+
+
+def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
+    """One verb. Imports are made here, so that help and mistakes are answered at once."""
+    if arguments.verb == "prepare":
+        from training.prepare import prepare
+
+        print(prepare(recipe, run.root).table())
+    elif arguments.verb == "train":
+        from training.train import Interrupted, train
+
+        try:
+            progress = train(recipe, run, arguments.fresh)
+        except Interrupted as stop:
+            print(f"train: {stop}", file=sys.stderr)
+            return 130
+        print(f"finished at step {progress.step}: {progress.finished}; best at step "
+              f"{progress.best_step}")
+    elif arguments.verb == "evaluate":
+        from training.evaluate import evaluate
+
+        for name, scores in evaluate(recipe, run).items():
+            print(f"{name}: {scores}")
+    elif arguments.verb == "export":
+        from training.export import export
+
+        path = export(recipe, run)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    elif arguments.verb == "archive":
+        from training.archive import archive
+
+        path = archive(recipe, run, arguments.store)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    else:
+        from training.translate import translate
+
+        stdin = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
+        stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", write_through=True)
+        translate(recipe, run, stdin, stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Verb `archive`: model.pt, tokenizers, handler and configuration in one .mar for TorchServe.
+
+The archive needs nothing beside it but a TorchServe 0.12 with torch and sentencepiece. The same
+inputs give the same bytes: entries are sorted, and carry no time of building.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from handler.integrity import write_digests
+from training.recipe import Recipe
+from training.run import Run, RunError, write_atomically, write_text
+
+PACKAGE = Path(__file__).resolve().parent.parent / "handler"
+HANDLER = PACKAGE / "seq2seq_handler.py"
+CONFIG = PACKAGE / "model-config.yaml"
+MANIFEST = "MAR-INF/MANIFEST.json"
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
+
+
+def archive(recipe: Recipe, run: Run, store: Path) -> Path:
+    """Build `store`/NAME.mar, and NAME.mar.sha256 beside it.
+
+    Raises:
+        RunError: nothing exported yet, or the archiver's own complaint.
+    """
+    run.demand(run.model, "export")
+    name = recipe.export.name
+    built = store / f"{name}.mar"
+    with tempfile.TemporaryDirectory(prefix="seq2serve-") as folder:
+        staging, out = Path(folder, "content"), Path(folder, "out")
+        stage(run, staging)
+        out.mkdir()
+        pack(recipe, staging, out, Path(folder))
+        write_atomically(built, lambda temporary: repack(out / f"{name}.mar", temporary))
+    digest = hashlib.sha256(built.read_bytes()).hexdigest()
+    write_text(built.with_name(f"{built.name}.sha256"), f"{digest}  {built.name}\n")
+    return built
+
+
+def stage(run: Run, staging: Path) -> None:
+    """Everything that goes into the archive, in one folder, with its digests."""
+    skipped = shutil.ignore_patterns("__pycache__", HANDLER.name, CONFIG.name)
+    shutil.copytree(PACKAGE, staging / "handler", ignore=skipped)
+    for path in (HANDLER, CONFIG, run.model):
+        shutil.copy(path, staging)
+    for side in ("source", "target"):
+        shutil.copy(run.tokenizer / f"{side}.model", staging)
+    write_digests(staging)
+
+
+def pack(recipe: Recipe, staging: Path, out: Path, temporary: Path) -> None:
+    """Run torch-model-archiver, whose work folder is a fixed name below the temporary one."""
+    command = [
+        sys.executable, "-m", "model_archiver.model_packaging",
+        "--model-name", recipe.export.name, "--version", recipe.export.version,
+        "--serialized-file", str(staging / "model.pt"),
+        "--handler", str(staging / HANDLER.name),
+        "--config-file", str(staging / CONFIG.name),
+        "--extra-files", str(staging), "--export-path", str(out),
+    ]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not (out / f"{recipe.export.name}.mar").exists():
+        raise RunError(f"torch-model-archiver failed: {done.stderr.strip() or done.stdout.strip()}")
+
+
+def repack(built: Path, path: Path) -> None:
+    """The same archive without the traces of when it was built.
+
+    Weights do not compress, so they are stored as they are, which makes loading quicker.
+    """
+    with zipfile.ZipFile(built) as source, zipfile.ZipFile(path, "w") as target:
+        for name in sorted(source.namelist()):
+            content = source.read(name)
+            if name == MANIFEST:
+                manifest = json.loads(content)
+                manifest.pop("createdOn")
+                content = json.dumps(manifest, indent=1, sort_keys=True).encode()
+            entry = zipfile.ZipInfo(name, EPOCH)
+            entry.external_attr = 0o644 << 16
+            stored = name.endswith(".pt")
+            entry.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+            target.writestr(entry, content)

@@ -1,0 +1,225 @@
+"""Parallel text: reading it strictly, dropping what would hurt training, holding sentences out.
+
+Text is UTF-8. Only "\\n" and "\\r\\n" end a line: whatever else Unicode calls a line break
+(U+0085, U+2028, form feed) is part of its sentence, or the two sides would lose step.
+"""
+
+import hashlib
+import heapq
+import itertools
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from training.recipe import CleaningOptions, FilesOptions
+
+EMPTY = "empty"
+HELD_OUT = "source held out"
+DUPLICATE = "duplicate"
+TOO_LONG = "too long"
+LENGTH_RATIO = "length ratio"
+REASONS = (EMPTY, HELD_OUT, DUPLICATE, TOO_LONG, LENGTH_RATIO)
+
+
+class CorpusError(ValueError):
+    """The text cannot be used; the message names the file, the place and what is allowed."""
+
+
+class Pair(NamedTuple):
+    """A sentence and its translation."""
+
+    source: str
+    target: str
+
+
+@dataclass
+class Report:
+    """What became of the training text, in pairs: read = kept + all held_out + all dropped."""
+
+    read: int = 0
+    kept: int = 0
+    held_out: dict[str, int] = field(default_factory=dict)  # by set
+    dropped: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """A small table, then the warnings, for people."""
+        rows = [("pairs read", self.read)]
+        rows += [(f"held out for {name}", count) for name, count in self.held_out.items()]
+        rows += [(f"dropped: {reason}", count) for reason, count in self.dropped.items() if count]
+        rows += [("kept for training", self.kept)]
+        width = max(len(label) for label, _ in rows)
+        table = [f"{label:<{width}}  {count:>12,}" for label, count in rows]
+        return "\n".join(table + [f"warning: {warning}" for warning in self.warnings])
+
+
+def lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, without a byte order mark at its start and without line ends.
+
+    Raises:
+        CorpusError: a file that is missing, unreadable, empty or not UTF-8.
+    """
+    start = 0  # of the line, in the file
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.rstrip(b"\r\n").decode()
+                except UnicodeDecodeError as error:
+                    raise CorpusError(
+                        f"{path}: line {number}: byte 0x{line[error.start]:02x} at offset "
+                        f"{start + error.start} of the file is not UTF-8; allowed: UTF-8 text"
+                    ) from None
+                start += len(line)
+                yield text.removeprefix("\ufeff") if number == 1 else text
+    except FileNotFoundError:
+        raise CorpusError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+    if start == 0:
+        raise CorpusError(f"{path}: is empty; allowed: one sentence a line")
+
+
+def read(files: FilesOptions, folder: Path) -> Iterator[Pair]:
+    """The pairs of two files of equal line counts, or of one TSV, in their order.
+
+    A wholly empty line of a TSV is a pair of empty sentences.
+
+    Raises:
+        CorpusError: see `lines`; line counts that differ; a TSV line with too few columns.
+    """
+    if files.tsv is not None:
+        wanted = max(files.source_column, files.target_column)
+        for number, line in enumerate(lines(folder / files.tsv), 1):
+            columns = line.split("\t") if line else [""] * wanted
+            if len(columns) < wanted:
+                raise CorpusError(
+                    f"{folder / files.tsv}: line {number}: got {len(columns)} columns separated "
+                    f"by tabs; allowed: {wanted} or more, as source_column is "
+                    f"{files.source_column} and target_column {files.target_column}"
+                )
+            yield Pair(columns[files.source_column - 1], columns[files.target_column - 1])
+        return
+    sides = [lines(path_of(files, folder, side)) for side in Pair._fields]
+    for number, (source, target) in enumerate(itertools.zip_longest(*sides), 1):
+        if source is None or target is None:
+            last = number + sum(1 for side in sides for _ in side)
+            counts = (number - 1, last) if source is None else (last, number - 1)
+            raise CorpusError(
+                " and ".join(
+                    f"{path_of(files, folder, side)} ({count} lines)"
+                    for side, count in zip(Pair._fields, counts)
+                )
+                + " differ in length; allowed: line n of one translates line n of the other"
+            )
+        yield Pair(source, target)
+
+
+def path_of(files: FilesOptions, folder: Path, side: str) -> Path:
+    """The file that holds `side`, "source" or "target"."""
+    return folder / str(files.tsv or (files.source if side == "source" else files.target))
+
+
+def blank(text: str) -> bool:
+    """Whether nothing in `text` can be seen. No normalisation turns other text into nothing."""
+    # SentencePiece takes U+2581 for a space, and nmt_nfkc removes U+FFFD.
+    return all(
+        c in "\u2581\ufffd" or unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf")
+        for c in text
+    )
+
+
+def digest(*texts: str) -> int:
+    """128 bits that stand for lines of text."""
+    content = "\n".join(texts).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=16).digest(), "big")
+
+
+def key(sentence: str) -> int:
+    """What two sentences share that are the same to a reader: NFKC, white space folded."""
+    return digest(" ".join(unicodedata.normalize("NFKC", sentence).split()))
+
+
+def choose_held_out(pairs: Iterable[Pair], sets: Sequence[str], count: int) -> dict[int, str]:
+    """Picks `count` distinct source sentences for each of `sets`.
+
+    The choice depends on the sentences alone, not on their order or on a seed, and what the
+    first set gets does not depend on whether there is a second.
+
+    Returns:
+        Which set each chosen sentence belongs to, by `key`.
+
+    Raises:
+        CorpusError: too few distinct sentences to leave one for training.
+    """
+    wanted = count * len(sets)
+    chosen: set[int] = set()
+    heap: list[int] = []  # the smallest keys so far, negated: the largest of them comes first
+    for pair in pairs:
+        if blank(pair.source) or blank(pair.target):
+            continue
+        k = key(pair.source)
+        if k in chosen:
+            continue
+        if len(heap) <= wanted:
+            heapq.heappush(heap, -k)
+            chosen.add(k)
+        elif k < -heap[0]:
+            chosen.remove(-heapq.heapreplace(heap, -k))
+            chosen.add(k)
+    if len(heap) <= wanted:
+        raise CorpusError(
+            f"data.held_out: got {count} for {' and '.join(sets)} each, which needs at least "
+            f"{wanted + 1} distinct source sentences in data.train; it has {len(heap)}; "
+            f"allowed: a smaller held_out, or files for {' and '.join(sets)}"
+        )
+    return {k: sets[i // count] for i, k in enumerate(sorted(chosen)[:wanted])}
+
+
+def clean(
+    pairs: Iterable[Pair], options: CleaningOptions, held_out: Mapping[int, str], report: Report
+) -> Iterator[tuple[str, int, Pair]]:
+    """Drops and holds out what can be decided before there are tokens; counts it in `report`,
+    whose `held_out` has every set of `held_out` already.
+
+    Yields:
+        The set of a pair ("train", or its set in `held_out`), its source's `key`, the pair. A
+        held out sentence comes once, with its first translation, and never in "train".
+    """
+    seen: set[int] = set()  # pairs of the training set, and sources held out
+    for pair in pairs:
+        report.read += 1
+        if blank(pair.source) or blank(pair.target):
+            report.dropped[EMPTY] += 1
+            continue
+        k = key(pair.source)
+        name = held_out.get(k)
+        if name is not None:
+            if k in seen:
+                report.dropped[HELD_OUT] += 1
+                continue
+            seen.add(k)
+            report.held_out[name] += 1
+            yield name, k, pair
+            continue
+        if options.drop_duplicates:
+            whole = digest(*pair)
+            if whole in seen:
+                report.dropped[DUPLICATE] += 1
+                continue
+            seen.add(whole)
+        yield "train", k, pair
+
+
+def misfit(source: int, target: int, options: CleaningOptions) -> str | None:
+    """Why a pair of so many tokens (EOS not counted, each at least 1) is dropped, or None."""
+    shorter, longer = sorted((source, target))
+    if longer > options.max_tokens:
+        return TOO_LONG
+    return LENGTH_RATIO if longer > options.max_length_ratio * shorter else None

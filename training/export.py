@@ -1,0 +1,70 @@
+"""Verb `export`: the best weights as model.pt, TorchScript with its model card inside."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import torch
+
+from handler.decoding import DecodingOptions, Engine, decode_in_order
+from handler.decoding.model import load
+from model import FORMAT_VERSION, ServingModel
+from model.serving import scripted
+from training.evaluate import best_network
+from training.recipe import Recipe
+from training.run import Run, RunError, write_atomically
+
+
+def export(recipe: Recipe, run: Run) -> Path:
+    """Write model.pt and check that what was written decodes as the network does.
+
+    Raises:
+        RunError: nothing trained yet, or a file that decodes otherwise.
+    """
+    run.demand(run.summary, "train")
+    network, origin = best_network(recipe, run)
+    limits = recipe.export
+    text = json.dumps(card(recipe, run, origin), indent=1, ensure_ascii=False)
+    model = ServingModel(network, limits.max_source_length, limits.max_target_length, text)
+    write_atomically(run.model, lambda temporary: scripted(model).save(str(temporary)))
+    check(model, run.model)
+    return run.model
+
+
+def card(recipe: Recipe, run: Run, origin: dict[str, Any]) -> dict[str, Any]:
+    """Where a model comes from and how good it is."""
+    described = recipe.as_dict()
+    del described["data"]["folder"]  # a path of the machine that trained, nobody else's business
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": recipe.export.name,
+        "version": recipe.export.version,
+        "recipe": described,
+        "step": origin["step"],
+        "data_digests": origin["digests"],
+        "scores": run.read_json(run.scores, "evaluate"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "sentencepiece": sentencepiece.__version__,
+        },
+    }
+
+
+def check(model: ServingModel, path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    longest = min(20, model.max_source_length)
+    sources = [
+        [*torch.randint(4, model.source_vocabulary, (n,), generator=generator).tolist(), 3]
+        for n in range(1, longest)
+    ]
+    cpu = torch.device("cpu")
+    expected, got = (
+        list(decode_in_order(Engine(one, rows=4), sources, DecodingOptions()))
+        for one in (model, load(str(path), cpu))
+    )
+    if got != expected:
+        path.unlink()
+        raise RunError(f"{path}: the exported model decodes otherwise than the network; removed")

@@ -1,0 +1,238 @@
+"""The verb prepare: from the text a recipe names to tokenizers and token files.
+
+Leaves in the run folder:
+
+    tokenizer/source.model, target.model
+    data/{validation,test}.{source,target}   text, one sentence a line: what evaluation reads
+    data/{train,validation}.pt               tokens: what training reads (`TokenPairs`)
+    data/report.json                         written last: without it the step is not complete
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from tqdm import tqdm
+
+from handler.tokenizer import Tokenizer
+from model import SpecialTokens
+from training.batches import TokenPairs
+from training.corpus import (
+    CorpusError,
+    Pair,
+    Report,
+    blank,
+    choose_held_out,
+    clean,
+    key,
+    lines,
+    misfit,
+    path_of,
+    read,
+)
+from training.dates import DatesOptions, write_corpus
+from training.recipe import CleaningOptions, DataOptions, FilesOptions, Recipe
+from training.tokenizer import train_tokenizers
+
+GIVEN = ("test", "validation")  # sets that are read as they are, or else held out
+MODELS = ("source.model", "target.model")
+
+Item = TypeVar("Item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The files of one set, and the folder that their names are relative to."""
+
+    files: FilesOptions
+    folder: Path
+
+    def pairs(self, doing: str) -> Iterator[Pair]:
+        return shown(read(self.files, self.folder), doing)
+
+
+def prepare(recipe: Recipe, run: Path) -> Report:
+    """Reads, cleans, learns the tokenizers, writes tokens; see the top of this file.
+
+    Equal text and recipe give equal bytes. Whatever an earlier call left is replaced.
+
+    Raises:
+        CorpusError: text that cannot be used.
+    """
+    data = run / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "report.json").unlink(missing_ok=True)
+    work = data / ".partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        texts = find(recipe.data, work)
+        report, leaks = split(recipe, texts, work)
+        train_tokenizers(
+            recipe.tokenizer,
+            shown(lines(work / "train.source"), "learning from the source"),
+            shown(lines(work / "train.target"), "learning from the target"),
+            run / "tokenizer",
+        )
+        source, target = (Tokenizer(run / "tokenizer" / name) for name in MODELS)
+        special = SpecialTokens()
+        fitting = fit(tokens(work, "train", source, target), recipe.cleaning, report)
+        train = TokenPairs.of(fitting, special)
+        if report.kept == 0:
+            raise CorpusError(f"data.train: no pair is left to train on\n{report.table()}")
+        train.save(work / "train.pt")
+        held = TokenPairs.of(tokens(work, "validation", source, target), special)
+        held.save(work / "validation.pt")
+        report.warnings += leaks
+        summary = summarise(recipe, texts, run, report)
+        (work / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        names = [f"{name}.{side}" for name in GIVEN for side in Pair._fields]
+        for name in [*names, "train.pt", "validation.pt", "report.json"]:
+            os.replace(work / name, data / name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def find(data: DataOptions, work: Path) -> dict[str, Text]:
+    """The text of each set that has its own; a generated corpus is written first."""
+    texts: dict[str, Text] = {}
+    if data.generator is not None:
+        folder = work / "generated"
+        try:
+            options = DatesOptions(held_out=data.held_out)
+        except ValueError as error:
+            raise CorpusError(f"data.{error}") from None
+        write_corpus(folder, options)
+        for name in ("train", *GIVEN):
+            texts[name] = Text(FilesOptions(f"{name}.source", f"{name}.target"), folder)
+    for name in ("train", *GIVEN):
+        files = getattr(data, name)
+        if files is not None:
+            texts[name] = Text(files, Path(data.folder or "."))
+    return texts
+
+
+def split(recipe: Recipe, texts: dict[str, Text], work: Path) -> tuple[Report, list[str]]:
+    """Writes the text of all three sets into `work`, one sentence a line.
+
+    Returns:
+        Counts, `kept` still being 0; a warning for each set that shares sources with training.
+    """
+    given = {name: copy(name, texts[name], work) for name in GIVEN if name in texts}
+    missing = [name for name in GIVEN if name not in texts]
+    report = Report(held_out=dict.fromkeys(missing, 0))
+    held_out: dict[int, str] = {}
+    if missing:
+        pairs = texts["train"].pairs("choosing sentences to hold out")
+        held_out = choose_held_out(pairs, missing, recipe.data.held_out)
+    watched = set().union(*given.values())
+    leaked: set[int] = set()
+    with ExitStack() as stack:
+        files = {name: writers(stack, work, name) for name in ("train", *missing)}
+        pairs = texts["train"].pairs("cleaning")
+        for name, k, pair in clean(pairs, recipe.cleaning, held_out, report):
+            write(files[name], pair)
+            if name == "train" and k in watched:
+                leaked.add(k)
+    if (work / "train.source").stat().st_size == 0:
+        raise CorpusError(f"data.train: no pair is left to train on\n{report.table()}")
+    counts = {name: sum(k in leaked for k in keys) for name, keys in given.items()}
+    return report, [
+        f"data.{name}: {count} of {len(given[name])} source sentences occur in data.train too, "
+        "so scores on it flatter the model"
+        for name, count in counts.items()
+        if count
+    ]
+
+
+def copy(name: str, text: Text, work: Path) -> list[int]:
+    """Writes a given set into `work` as it is, and returns the `key` of each source."""
+    keys: list[int] = []
+    with ExitStack() as stack:
+        files = writers(stack, work, name)
+        for number, pair in enumerate(text.pairs(f"reading {name}"), 1):
+            for side, sentence in zip(Pair._fields, pair):
+                if blank(sentence):
+                    raise CorpusError(
+                        f"{path_of(text.files, text.folder, side)}: line {number}: the {side} is "
+                        f"empty; allowed in {name}: text on both sides, as every pair is scored"
+                    )
+            write(files, pair)
+            keys.append(key(pair.source))
+    return keys
+
+
+def writers(stack: ExitStack, folder: Path, name: str) -> list[IO[str]]:
+    """Opens the two text files of a set."""
+    return [
+        stack.enter_context(open(folder / f"{name}.{side}", "w", encoding="utf-8", newline="\n"))
+        for side in Pair._fields
+    ]
+
+
+def write(files: list[IO[str]], pair: Pair) -> None:
+    for file, text in zip(files, pair):
+        file.write(f"{text}\n")
+
+
+def tokens(
+    folder: Path, name: str, source: Tokenizer, target: Tokenizer
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The ids of both sides of each pair of a set that `split` wrote."""
+    pairs = read(FilesOptions(f"{name}.source", f"{name}.target"), folder)
+    for pair in shown(pairs, f"encoding {name}"):
+        yield source.encode(pair.source), target.encode(pair.target)
+
+
+def fit(
+    pairs: Iterable[tuple[list[int], list[int]]], options: CleaningOptions, report: Report
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The pairs that are within the limits on length; counts both kinds in `report`."""
+    for source, target in pairs:
+        reason = misfit(len(source), len(target), options)
+        if reason is not None:
+            report.dropped[reason] += 1
+            continue
+        report.kept += 1
+        yield source, target
+
+
+def shown(items: Iterable[Item], doing: str) -> Iterator[Item]:
+    """The same items, with progress shown where people watch."""
+    return iter(tqdm(items, desc=doing, unit=" lines", unit_scale=True, disable=None, leave=False))
+
+
+def summarise(recipe: Recipe, texts: dict[str, Text], run: Path, report: Report) -> dict[str, Any]:
+    """What report.json holds. Nothing in it depends on where the folders are."""
+    sections = {
+        name: dataclasses.asdict(getattr(recipe, name))
+        for name in ("data", "cleaning", "tokenizer")
+    }
+    del sections["data"]["folder"]
+    return {
+        "recipe": sections,
+        "training_pairs": report.as_dict(),
+        "sha256": {
+            "text": {
+                name: {path: sha256(text.folder / path) for path in text.files.paths()}
+                for name, text in texts.items()
+            },
+            "tokenizer": {name: sha256(run / "tokenizer" / name) for name in MODELS},
+        },
+    }
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, in hexadecimal."""
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()

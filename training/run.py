@@ -1,0 +1,97 @@
+"""The folder of a run: what each verb leaves for the next, and how files are written to it."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class RunError(ValueError):
+    """A run that cannot go on; the message says which verb to run first, or what to change."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths of a run, in the order in which the verbs write them."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def report(self) -> Path:
+        return self.data / "report.json"  # written last by `prepare`
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def last(self) -> Path:
+        return self.root / "checkpoints" / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "checkpoints" / "best.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "training.json"  # written last by `train`
+
+    @property
+    def scores(self) -> Path:
+        return self.root / "scores.json"  # written by `evaluate`
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.pt"  # written by `export`
+
+    def read_json(self, path: Path, verb: str) -> Any:
+        """What `verb` left in `path`.
+
+        Raises:
+            RunError: nothing there yet.
+        """
+        self.demand(path, verb)
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def demand(self, path: Path, verb: str) -> None:
+        if not path.exists():
+            raise RunError(f"{path}: not there yet; run 'python -m training {verb}' first")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file beside `path`, then put it in its place in one step, so that a
+    crash or a full disk leaves the former file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
