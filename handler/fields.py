@@ -42,7 +42,7 @@ def read(cls: type[Options], given: object, where: str = "") -> Options:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in given:
         if key not in fields:
-            raise FieldError(dotted(where, str(key)), unknown(str(key), list(fields)))
+            raise FieldError(dotted(where, named(key)), unknown(str(key), list(fields)))
     values: dict[str, Any] = {}
     for name, f in fields.items():
         if name in given:
@@ -58,15 +58,18 @@ def read(cls: type[Options], given: object, where: str = "") -> Options:
         raise FieldError(dotted(where, name), problem) from None
 
 
-def value_of(hint: Any, given: object, limits: Mapping[str, Any], where: str) -> Any:
-    """`given` as a value of type `hint` within `limits`; see `read`."""
-    wrong = FieldError(where, f"got {shown(given)}; allowed: {allowed(hint, limits)}")
+def value_of(
+    hint: Any, given: object, limits: Mapping[str, Any], where: str, words: str = ""
+) -> Any:
+    """`given` as a value of type `hint` within `limits`, which are `words`; see `read`."""
+    words = words or allowed(hint, limits)
+    wrong = FieldError(where, f"got {shown(given)}; allowed: {words}")
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if given is None and type(None) in inner:
             return None
         (hint,) = (h for h in inner if h is not type(None))
-        return value_of(hint, given, limits, where)
+        return value_of(hint, given, limits, where, words)
     if origin is Literal:
         if not isinstance(given, str) or given not in inner:
             raise wrong
@@ -74,11 +77,14 @@ def value_of(hint: Any, given: object, limits: Mapping[str, Any], where: str) ->
     if dataclasses.is_dataclass(hint):
         return read(typing.cast(type, hint), given, where)
     if hint is float and isinstance(given, int) and not isinstance(given, bool):
-        given = float(given)
+        try:
+            given = float(given)
+        except OverflowError:
+            raise wrong from None
     if type(given) is not hint:  # bool is an int, but True is no number here
         raise wrong
     if isinstance(given, (int, float)) and not isinstance(given, bool):
-        if not math.isfinite(given):
+        if isinstance(given, float) and not math.isfinite(given):
             raise wrong
         low, above, high = (limits.get(k) for k in ("minimum", "above", "maximum"))
         if (
@@ -125,6 +131,12 @@ def unknown(key: str, known: list[str]) -> str:
 
 def dotted(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
+
+
+def named(key: object) -> str:
+    """A key from outside, as it is where it could be a name."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 60 else shown(text)
 
 
 def shown(value: object, limit: int = 60) -> str:

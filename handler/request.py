@@ -40,17 +40,18 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
     sentence a line, UTF-8, where a blank line is answered by a blank line.
 
     Args:
-        content_type: of the HTTP header; parameters after `;` are allowed.
-        body: bytes; or str or parsed JSON, where TorchServe has decoded already.
+        content_type: of the HTTP header; parameters after `;` are allowed. Without one it is
+            text: `curl -T FILE` sends none.
+        body: bytes; or what TorchServe has decoded already: str of text, the value of JSON.
 
     Raises:
         Refusal: with status 400, or 413 for too many texts.
     """
-    if body is None or body in (b"", ""):
+    kind = (content_type or "").split(";")[0].strip().lower() or TEXT
+    if kind in (JSON, TEXT) and (body is None or body in (b"", "")):
         raise Refusal(400, "InvalidRequest", f"the request has no body; send {JSON} or {TEXT}")
-    kind = (content_type or "").split(";")[0].strip().lower()
     if kind == JSON:
-        given = decoded_json(body) if isinstance(body, (bytes, bytearray, str)) else body
+        given = decoded_json(body) if isinstance(body, (bytes, bytearray)) else body
         if not isinstance(given, Mapping):
             raise Refusal(
                 400, "InvalidRequest",
@@ -82,7 +83,7 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
     return request
 
 
-def decoded_json(body: bytes | bytearray | str) -> object:
+def decoded_json(body: bytes | bytearray) -> object:
     try:
         return json.loads(body, parse_constant=no_constant)
     except RecursionError:
@@ -102,7 +103,7 @@ def no_constant(name: str) -> None:
 
 def decoded_text(body: object) -> str:
     if isinstance(body, str):
-        return body
+        return body.removeprefix("\ufeff")
     if isinstance(body, (bytes, bytearray)):
         try:
             return body.decode("utf-8-sig")

@@ -46,13 +46,22 @@ class Seq2SeqHandler:
                 f"torch sees {torch.cuda.device_count()} GPUs"
             )
         torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-        model = ctx.manifest["model"]
+        described = ctx.manifest["model"]
+        model = load(str(folder / described["serializedFile"]), device)
+        source, target = (Tokenizer(folder / f"{side}.model") for side in ("source", "target"))
+        sizes = (source.size, target.size)
+        if sizes != (model.source_vocabulary, model.target_vocabulary):
+            raise ValueError(
+                f"source.model and target.model have {sizes} pieces, but the model was trained "
+                f"with {(model.source_vocabulary, model.target_vocabulary)}: train, export and "
+                "build the archive again"
+            )
         self.service = Service(
-            Engine(load(str(folder / model["serializedFile"]), device), options.rows, device),
-            Tokenizer(folder / "source.model"),
-            Tokenizer(folder / "target.model"),
-            model["modelName"],
-            model["modelVersion"],
+            Engine(model, options.rows, device),
+            source,
+            target,
+            described["modelName"],
+            described["modelVersion"],
             options,
         )
         self.service.warm_up()
@@ -93,8 +102,10 @@ def header(ctx: Any, i: int, name: str) -> str:
 
 
 def quieten() -> None:
-    """Drop the two lines that TorchServe logs at every call: the worker's standard output is its
-    control channel, parsed line by line, and a call every few steps would fill it."""
-    logging.getLogger().addFilter(lambda r: not str(r.msg).startswith("Backend received"))
+    """Drop the two lines that TorchServe logs at every call, and the traceback at a body that it
+    cannot decode: the worker's standard output is its control channel, parsed line by line, and
+    neither calls nor clients shall fill it."""
+    dropped = ("Backend received", "Failed json decoding", "Failed utf-8 decoding")
+    logging.getLogger().addFilter(lambda r: not str(r.msg).startswith(dropped))
     metrics = logging.getLogger("ts.metrics.caching_metric")
     metrics.addFilter(lambda r: "PredictionTime" not in r.getMessage())

@@ -109,8 +109,9 @@ class Service:
                 reply = self.begin(one)
                 if reply is not None:
                     replies[one.id] = reply
-        for _ in range(self.options.steps_per_call):
-            if replies or self.engine.idle:
+        for step in range(self.options.steps_per_call):
+            # One step at least: clients that are answered at once must not hold up the others.
+            if self.engine.idle or (step and replies):
                 break
             for event in self.engine.advance():
                 pending = self.owner.pop(event.sentence)

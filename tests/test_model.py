@@ -105,7 +105,7 @@ def test_a_sentence_does_not_depend_on_its_neighbours(both_forms):
             alone = run_steps(
                 model, source[i : i + 1, : lengths[i]], lengths[i : i + 1], choices[:, i : i + 1]
             )
-            torch.testing.assert_close(together[:, i], alone[:, 0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together[:, i], alone[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_state_rows_can_be_selected_and_reordered(both_forms):
@@ -119,7 +119,7 @@ def test_state_rows_can_be_selected_and_reordered(both_forms):
     some, _ = model.step(previous, [rows[order] for rows in state], picked)
     both = torch.tensor([[5], [9], [4], [9]])
     every, _ = model.step(both, state, memory)
-    torch.testing.assert_close(some, every[order], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(some, every[order], rtol=1e-4, atol=1e-4)
 
 
 def test_saved_and_loaded_model_is_the_same(both_forms, tmp_path):

@@ -4,7 +4,6 @@ The archive needs nothing beside it but a TorchServe 0.12 with torch and sentenc
 inputs give the same bytes: entries are sorted, and carry no time of building.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from handler.integrity import write_digests
+from handler.integrity import sha256, write_digests
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically, write_text
 
@@ -22,26 +21,25 @@ PACKAGE = Path(__file__).resolve().parent.parent / "handler"
 HANDLER = PACKAGE / "seq2seq_handler.py"
 CONFIG = PACKAGE / "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
+NAME = "seq2seq"  # of the model in TorchServe, so of its URL: /predictions/seq2seq
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
 
 
 def archive(recipe: Recipe, run: Run, store: Path) -> Path:
-    """Build `store`/NAME.mar, and NAME.mar.sha256 beside it.
+    """Build `store`/seq2seq.mar, and seq2seq.mar.sha256 beside it.
 
     Raises:
         RunError: nothing exported yet, or the archiver's own complaint.
     """
     run.demand(run.model, "export")
-    name = recipe.export.name
-    built = store / f"{name}.mar"
+    built = store / f"{NAME}.mar"
     with tempfile.TemporaryDirectory(prefix="seq2serve-") as folder:
         staging, out = Path(folder, "content"), Path(folder, "out")
         stage(run, staging)
         out.mkdir()
         pack(recipe, staging, out, Path(folder))
-        write_atomically(built, lambda temporary: repack(out / f"{name}.mar", temporary))
-    digest = hashlib.sha256(built.read_bytes()).hexdigest()
-    write_text(built.with_name(f"{built.name}.sha256"), f"{digest}  {built.name}\n")
+        write_atomically(built, lambda temporary: repack(out / built.name, temporary))
+    write_text(built.with_name(f"{built.name}.sha256"), f"{sha256(built)}  {built.name}\n")
     return built
 
 
@@ -60,7 +58,7 @@ def pack(recipe: Recipe, staging: Path, out: Path, temporary: Path) -> None:
     """Run torch-model-archiver, whose work folder is a fixed name below the temporary one."""
     command = [
         sys.executable, "-m", "model_archiver.model_packaging",
-        "--model-name", recipe.export.name, "--version", recipe.export.version,
+        "--model-name", NAME, "--version", recipe.export.version,
         "--serialized-file", str(staging / "model.pt"),
         "--handler", str(staging / HANDLER.name),
         "--config-file", str(staging / CONFIG.name),
@@ -68,7 +66,7 @@ def pack(recipe: Recipe, staging: Path, out: Path, temporary: Path) -> None:
     ]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not (out / f"{recipe.export.name}.mar").exists():
+    if done.returncode or not (out / f"{NAME}.mar").exists():
         raise RunError(f"torch-model-archiver failed: {done.stderr.strip() or done.stdout.strip()}")
 
 

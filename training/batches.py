@@ -1,7 +1,6 @@
 """Token pairs on disk, and the batches that training sees them in."""
 
 import hashlib
-import os
 import pickle
 from array import array
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from model import SpecialTokens
 from training.corpus import CorpusError
+from training.run import write_atomically
 
 JITTER = 1.0  # tokens; enough to mix the batches of one epoch with the next
 
@@ -65,9 +65,8 @@ class TokenPairs:
 
     def save(self, path: Path) -> None:
         """Writes one file, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.partial")
-        torch.save({f.name: getattr(self, f.name) for f in fields(self)}, temporary)
-        os.replace(temporary, path)
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        write_atomically(path, lambda temporary: torch.save(content, temporary))
 
     def check(self) -> None:
         """Raises ValueError where tokens and offsets do not belong together."""

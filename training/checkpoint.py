@@ -1,16 +1,18 @@
 """Everything that a run needs to go on exactly where it stopped."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training.recipe import Recipe
-from training.run import RunError, write_atomically
+from training.run import Run, RunError, write_atomically
 
-# Sections whose change makes other weights.
-DECISIVE = ("data", "cleaning", "tokenizer", "model", "training")
+PREPARED = ("data", "cleaning", "tokenizer")  # sections that decide what `prepare` writes
+DECISIVE = (*PREPARED, "model", "training")  # sections that decide the weights
+# Where a run is, and on what, may change: a run can be copied to another machine and go on.
+MOVABLE = (("data", "folder"), ("training", "device"))
 
 
 @dataclass
@@ -23,6 +25,8 @@ class Progress:
     best_score: float | None = None  # of `select_by`, higher is better
     best_step: int = 0
     since_best: int = 0  # validations without improvement
+    sums: dict[str, float] = field(default_factory=dict)  # of figures not yet logged
+    seconds: float = 0.0  # of training, over all parts of an interrupted run
     finished: str = ""  # why training ended
 
 
@@ -59,7 +63,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if {"recipe", "progress", "network", "optimizer"} <= set(content):
+        if {"recipe", "digests", "progress", "network", "optimizer"} <= set(content):
             return content
         problem = "it lacks parts"
     except FileNotFoundError:
@@ -71,18 +75,49 @@ def load(path: Path) -> dict[str, Any]:
     )
 
 
-def differences(stored: dict[str, Any], recipe: Recipe, digests: dict[str, Any]) -> list[str]:
-    """What in recipe and data differs from a checkpoint in a way that makes other weights."""
-    now = recipe.as_dict()
-    found = []
-    for section in DECISIVE:
-        then = stored["recipe"].get(section) or {}
-        for key, value in now[section].items():
-            if (section, key) != ("data", "folder") and then.get(key) != value:
-                found.append(f"{section}.{key}: {then.get(key)!r} -> {value!r}")
+def prepared(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """The digests of what `prepare` left.
+
+    Raises:
+        RunError: nothing there, or made by another recipe.
+    """
+    report = run.read_json(run.report, "prepare")
+    changed = differences(report["recipe"], recipe, PREPARED)
+    if changed:
+        raise RunError(
+            f"{run.data} was prepared otherwise: {'; '.join(changed)}. Change that back, or run "
+            "'python -m training prepare' again"
+        )
+    return dict(report["sha256"])
+
+
+def load_own(path: Path, recipe: Recipe, digests: dict[str, Any]) -> dict[str, Any]:
+    """See `load`.
+
+    Raises:
+        RunError: also for weights of another recipe or of other data.
+    """
+    stored = load(path)
+    changed = differences(stored["recipe"], recipe, DECISIVE)
     if stored["digests"] != digests:
-        found.append("the prepared data (its digests differ)")
-    return found
+        changed.append("the prepared data (its digests differ)")
+    if changed:
+        raise RunError(
+            f"{path} was trained otherwise: {'; '.join(changed)}. Change that back, choose another "
+            "folder with --run, or train anew with --fresh"
+        )
+    return stored
+
+
+def differences(then: dict[str, Any], recipe: Recipe, sections: tuple[str, ...]) -> list[str]:
+    """What of `sections` differs from a recipe stored as a mapping."""
+    now = recipe.as_dict()
+    return [
+        f"{section}.{key}: {then[section].get(key)!r} -> {value!r}"
+        for section in sections
+        for key, value in now[section].items()
+        if (section, key) not in MOVABLE and then[section].get(key) != value
+    ]
 
 
 def restore(

@@ -31,12 +31,13 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from training.run import write_text
 
 FIRST_DAY = datetime.date(1950, 1, 1)
 LAST_DAY = datetime.date(2049, 12, 31)
@@ -161,15 +162,14 @@ def write_corpus(folder: Path, options: DatesOptions = DatesOptions()) -> None:
     """
     rng = random.Random(options.seed)
     days = sorted(all_days(), key=lambda _: rng.random())
-    folder.mkdir(parents=True, exist_ok=True)
     for name, part, forms in (
         ("validation", days[: options.held_out], 1),
         ("test", days[options.held_out : 2 * options.held_out], 1),
         ("train", days[2 * options.held_out :], options.forms_per_date),
     ):
         pairs = [(form, day.isoformat()) for day in part for form in draw(day, rng, forms)]
-        _write_lines(folder / f"{name}.source", (source for source, _ in pairs))
-        _write_lines(folder / f"{name}.target", (target for _, target in pairs))
+        write_text(folder / f"{name}.source", "".join(f"{source}\n" for source, _ in pairs))
+        write_text(folder / f"{name}.target", "".join(f"{target}\n" for _, target in pairs))
 
 
 def all_days() -> list[datetime.date]:
@@ -288,13 +288,3 @@ def _parts(template: str, offered: dict[str, tuple[str, ...]]) -> list[tuple[str
 def _pick(rng: random.Random, choices: Sequence[str]) -> str:
     # random() is the only method whose sequence Python promises to keep from version to version.
     return choices[int(rng.random() * len(choices))]
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Bytes, because text mode would write "\r\n" on Windows.
-        temporary.write_bytes("".join(f"{line}\n" for line in lines).encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,8 +13,12 @@ from training.train import choose_device, tokenizers
 
 
 def best_network(recipe: Recipe, run: Run) -> tuple[Network, dict[str, object]]:
-    """The network with the best weights of a run, on the CPU, and where they come from."""
-    stored = checkpoint.load(run.best)
+    """The network with the best weights of a run, on the CPU, and where they come from.
+
+    Raises:
+        RunError: no whole checkpoint, or one of another recipe or of other data.
+    """
+    stored = checkpoint.load_own(run.best, recipe, checkpoint.prepared(recipe, run))
     source, target = tokenizers(run)
     network = Network(recipe.model, source.size, target.size)
     network.load_state_dict(stored["network"])

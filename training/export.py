@@ -39,7 +39,7 @@ def card(recipe: Recipe, run: Run, origin: dict[str, Any]) -> dict[str, Any]:
     del described["data"]["folder"]  # a path of the machine that trained, nobody else's business
     return {
         "format_version": FORMAT_VERSION,
-        "name": recipe.export.name,
+        "name": recipe.name,
         "version": recipe.export.version,
         "recipe": described,
         "step": origin["step"],

@@ -9,8 +9,6 @@ Leaves in the run folder:
 """
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,6 +18,7 @@ from typing import IO, Any, TypeVar
 
 from tqdm import tqdm
 
+from handler.integrity import sha256
 from handler.tokenizer import Tokenizer
 from model import SpecialTokens
 from training.batches import TokenPairs
@@ -38,6 +37,7 @@ from training.corpus import (
 )
 from training.dates import DatesOptions, write_corpus
 from training.recipe import CleaningOptions, DataOptions, FilesOptions, Recipe
+from training.run import write_json
 from training.tokenizer import train_tokenizers
 
 GIVEN = ("test", "validation")  # sets that are read as they are, or else held out
@@ -91,7 +91,7 @@ def prepare(recipe: Recipe, run: Path) -> Report:
         held.save(work / "validation.pt")
         report.warnings += leaks
         summary = summarise(recipe, texts, run, report)
-        (work / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_json(work / "report.json", summary)
         names = [f"{name}.{side}" for name in GIVEN for side in Pair._fields]
         for name in [*names, "train.pt", "validation.pt", "report.json"]:
             os.replace(work / name, data / name)
@@ -227,12 +227,3 @@ def summarise(recipe: Recipe, texts: dict[str, Text], run: Path, report: Report)
             "tokenizer": {name: sha256(run / "tokenizer" / name) for name in MODELS},
         },
     }
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file, in hexadecimal."""
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()

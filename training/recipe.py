@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -119,17 +120,15 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the service is called and what it may be asked; lengths in tokens, EOS included."""
+    """The model's version, and what it may be asked; lengths in tokens, EOS included."""
 
-    name: str = "seq2seq"
     version: str = "1.0"
     max_source_length: int = field(default=256, metadata=LENGTH)
     max_target_length: int = field(default=256, metadata=LENGTH)
 
     def __post_init__(self) -> None:
-        for key, value in (("name", self.name), ("version", self.version)):
-            if not value or not all(c.isascii() and (c.isalnum() or c in "._-") for c in value):
-                raise ValueError(f"{key}: got {value!r}; allowed: ASCII letters, digits, '._-'")
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", self.version):
+            raise ValueError(f"version: got {self.version!r}; allowed: digits and dots, as in 1.0")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,11 @@ class Run:
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file beside `path`, then put it in its place in one step, so that a
-    crash or a full disk leaves the former file whole."""
+    crash or a full disk leaves the former file whole.
+
+    Raises:
+        RunError, OSError: `write` failed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -82,15 +86,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch raises where Python would raise OSError
+        problem = str(error).splitlines()[0] if str(error) else "unknown"
+        raise RunError(f"{path}: cannot be written: {problem}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
 
     write_atomically(path, write)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import sentencepiece
 from handler.tokenizer import Tokenizer
 from training.corpus import CorpusError
 from training.recipe import TokenizerOptions
+from training.run import write_bytes
 
 ERRORS_ONLY = 2
 SAMPLED_LINES = 2_000_000  # memory and time grow with the text, the vocabulary hardly changes
@@ -40,11 +40,8 @@ def train_tokenizers(
     else:
         source = learn(options, options.source_vocabulary, source_lines, "source_vocabulary")
         target = learn(options, options.target_vocabulary, target_lines, "target_vocabulary")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("source.model", source), ("target.model", target)):
-        temporary = folder / f".{name}.partial"
-        temporary.write_bytes(content)
-        os.replace(temporary, folder / name)
+    write_bytes(folder / "source.model", source)
+    write_bytes(folder / "target.model", target)
 
 
 def learn(options: TokenizerOptions, size: int, lines: Iterable[str], option: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -69,15 +70,15 @@ class Trainer:
     """A network, its optimiser, its data, and where training stands."""
 
     def __init__(self, recipe: Recipe, run: Run, fresh: bool) -> None:
-        report = run.read_json(run.report, "prepare")
         self.recipe, self.run, self.options = recipe, run, recipe.training
-        self.digests: dict[str, Any] = report["sha256"]
+        self.digests = checkpoint.prepared(recipe, run)
         self.device = choose_device(self.options)
         self.pairs = TokenPairs.load(run.data / "train.pt")
         self.held_out = TokenPairs.load(run.data / "validation.pt")
         self.sampler = BatchSampler(
             self.pairs, self.options.batch_tokens, self.options.batch_sentences, self.options.seed
         )
+        self.check_lengths()
         self.source, self.target = tokenizers(run)
         torch.manual_seed(self.options.seed)
         network = Network(recipe.model, self.source.size, self.target.size)
@@ -87,72 +88,76 @@ class Trainer:
         if not fresh and (run.last.exists() or run.best.exists()):
             self.resume()
         else:
-            for stale in (run.last, run.best, run.metrics, run.summary):
+            # Scores and model too, or they would pass for those of the new weights.
+            for stale in (run.last, run.best, run.metrics, run.summary, run.scores, run.model):
                 stale.unlink(missing_ok=True)
+            shutil.rmtree(run.tensorboard, ignore_errors=True)
+
+    def check_lengths(self) -> None:
+        longest = int(self.held_out.source_lengths().max())
+        if longest > self.recipe.export.max_source_length:
+            raise RunError(
+                f"export.max_source_length: got {self.recipe.export.max_source_length}; allowed: "
+                f"at least {longest}, as a validation sentence has so many tokens"
+            )
 
     def resume(self) -> None:
-        stored = checkpoint.load(self.run.last)
-        changed = checkpoint.differences(stored, self.recipe, self.digests)
-        if changed:
-            raise RunError(
-                f"{self.run.last} was trained otherwise: {'; '.join(changed)}. Change that back, "
-                "choose another folder with --run, or begin anew with --fresh"
-            )
+        run = self.run
+        # A run killed while it first saved has only the best, which is as good to go on from.
+        path = run.last if run.last.exists() else run.best
+        stored = checkpoint.load_own(path, self.recipe, self.digests)
         self.progress = checkpoint.restore(stored, self.network, self.optimizer)
-        forget_after(self.run.metrics, self.progress.step)
+        forget_after(run.metrics, self.progress.step)
 
     def train(self) -> Progress:
-        progress, options = self.progress, self.options
-        if progress.finished:
-            return progress
-        started = time.monotonic()
-        saved = started
-        with Log(self.run, progress.step) as log, StopSignals() as stop:
-            while not progress.finished:
-                batches = self.sampler.batches(progress.epoch)
-                bar = self.bar(len(batches))
-                for index in batches[progress.batch :]:
-                    epoch = progress.epoch + progress.batch / len(batches)
-                    if epoch >= options.epochs:
-                        progress.finished = f"{options.epochs:g} epochs are done"
-                        break
-                    rate = learning_rate(options, progress.step, epoch)
-                    figures = self.update(self.batch(self.pairs, index), rate)
-                    progress.step += 1
-                    progress.batch += 1
-                    log.count(figures)
-                    if progress.step % LOG_EVERY == 0:
-                        bar.set_postfix(log.write(progress, rate), refresh=False)
-                    bar.update()
-                    if progress.step % options.validate_every == 0:
-                        self.validate(log)
-                        saved = time.monotonic()
-                    elif stop.asked or time.monotonic() - saved > SAVE_SECONDS:
-                        self.save(self.run.last)
-                        saved = time.monotonic()
-                    if stop.asked:
-                        bar.close()
-                        raise Interrupted(f"stopped at step {progress.step}; train again to go on")
-                    if progress.finished:
-                        break
-                else:
-                    progress.epoch, progress.batch = progress.epoch + 1, 0
-                bar.close()
-            if progress.step % options.validate_every or progress.step == 0:
-                self.validate(log)
-            self.save(self.run.last)
+        progress = self.progress
+        if not progress.finished:
+            with Log(self.run, progress) as log, StopSignals() as stop:
+                self.since = time.monotonic()
+                while not progress.finished:
+                    self.epoch(log, stop)
+                if progress.step % self.options.validate_every or progress.step == 0:
+                    self.validate(log)
+                self.save(self.run.last)
         write_json(
             self.run.summary,
             {
                 "steps": progress.step,
                 "best_step": progress.best_step,
-                options.select_by: abs(progress.best_score or 0.0),
+                self.options.select_by: abs(progress.best_score or 0.0),
                 "ended": progress.finished,
                 "parameters": sum(p.numel() for p in self.network.parameters()),
-                "seconds": round(time.monotonic() - started, 1),
+                "seconds": round(progress.seconds, 1),
             },
         )
         return progress
+
+    def epoch(self, log: "Log", stop: "StopSignals") -> None:
+        """The rest of the current epoch, or less where training finishes."""
+        progress, options = self.progress, self.options
+        batches = self.sampler.batches(progress.epoch)
+        with self.bar(len(batches)) as bar:
+            for index in batches[progress.batch :]:
+                epoch = progress.epoch + progress.batch / len(batches)
+                if epoch >= options.epochs:
+                    progress.finished = f"{options.epochs:g} epochs are done"
+                    return
+                rate = learning_rate(options, progress.step, epoch)
+                log.count(self.update(self.batch(self.pairs, index), rate))
+                progress.step += 1
+                progress.batch += 1
+                if progress.step % LOG_EVERY == 0:
+                    bar.set_postfix(log.write(progress, rate), refresh=False)
+                bar.update()
+                if progress.step % options.validate_every == 0:
+                    self.validate(log)
+                elif stop.asked or time.monotonic() - self.since > SAVE_SECONDS:
+                    self.save(self.run.last)
+                if stop.asked and not progress.finished:
+                    raise Interrupted(f"stopped at step {progress.step}; train again to go on")
+                if progress.finished:
+                    return
+        progress.epoch, progress.batch = progress.epoch + 1, 0
 
     def bar(self, batches: int) -> Any:
         return tqdm(
@@ -176,10 +181,10 @@ class Trainer:
         )
         loss_sum, norm = float(loss.detach()), float(total)
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            kept = f"{self.run.last} holds the last good state. " if self.run.last.exists() else ""
             raise RunError(
                 f"step {self.progress.step}: the loss is {loss_sum} and the gradient's norm "
-                f"{norm}; {self.run.last} holds the last good state. Lower "
-                "training.learning_rate or training.clip_norm"
+                f"{norm}. {kept}Lower training.learning_rate or training.clip_norm"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -230,6 +235,9 @@ class Trainer:
         return scores.bleu
 
     def save(self, path: Path) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self.since
+        self.since = now
         checkpoint.save(
             path, self.recipe, self.digests, self.progress, self.network, self.optimizer
         )
@@ -247,36 +255,33 @@ def make_optimizer(options: TrainingOptions, network: Network) -> torch.optim.Op
 class Log:
     """metrics.jsonl and TensorBoard, which show the same figures."""
 
-    def __init__(self, run: Run, step: int) -> None:
+    def __init__(self, run: Run, progress: Progress) -> None:
         run.root.mkdir(parents=True, exist_ok=True)
-        self.file = run.metrics.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=step)
-        self.reset()
-
-    def reset(self) -> None:
-        self.sums: dict[str, float] = {}
+        self.file = run.metrics.open("a", encoding="utf-8", buffering=1)  # a crash loses no line
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=progress.step + 1)
+        self.sums = progress.sums  # saved with it, so that a resumed run logs the same figures
         self.since = time.monotonic()
 
     def count(self, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
+        now = time.monotonic()
+        for name, value in {**figures, "seconds": now - self.since}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+        self.since = now
 
     def write(self, progress: Progress, rate: float) -> dict[str, str]:
         """Figures since the last call; those worth showing on the progress bar."""
-        seconds = time.monotonic() - self.since
-        loss = self.sums["loss"] / self.sums["tokens"]
-        speed = self.sums["tokens"] / seconds
+        seconds, tokens = self.sums["seconds"], self.sums["tokens"]
+        loss, speed = self.sums["loss"] / tokens, tokens / seconds
         self.line(
             progress, "training", loss=loss, learning_rate=rate,
             gradient_norm=self.sums["norm"] / LOG_EVERY, target_tokens_per_second=speed,
             source_tokens_per_second=self.sums["source_tokens"] / seconds,
         )
-        self.reset()
+        self.sums.clear()
         return {"loss": f"{loss:.3f}", "words/s": f"{speed:.0f}"}
 
     def validation(self, progress: Progress, figures: dict[str, float]) -> None:
         self.line(progress, "validation", **figures)
-        self.file.flush()
         self.since = time.monotonic()  # validation is not training time
 
     def line(self, progress: Progress, kind: str, **figures: float) -> None:
@@ -284,6 +289,7 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
         for name, value in figures.items():
             self.board.add_scalar(f"{kind}/{name}", value, progress.step)
+        self.board.flush()
 
     def __enter__(self) -> "Log":
         return self

@@ -1,0 +1,99 @@
+# Everything a user types. `make demo` and `make test` need Python 3.10-3.13 and make, nothing else.
+
+PYTHON ?= python3
+RECIPE ?= recipes/dates.yaml
+# Folder of the text, instead of the recipe's own: make demo RECIPE=... DATA=/path/to/text
+DATA ?=
+# cpu: torch's CPU build, without gigabytes of CUDA packages. cuda: the build for NVIDIA GPUs.
+TORCH ?= cpu
+PORT ?= 8080
+URL ?= http://127.0.0.1:$(PORT)
+TEXT ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready-$(TORCH)
+NAME := $(shell sed -n 's/^name: *\([A-Za-z0-9._-]*\).*/\1/p' $(RECIPE) 2>/dev/null)
+RUN ?= runs/$(or $(NAME),none)
+ARCHIVE := $(RUN)/archive/seq2seq.mar
+STORE := model-store
+TRAINING = $(BIN)/python -m training
+OPTIONS = $(RECIPE) --run $(RUN) $(if $(DATA),--data $(DATA))
+TORCH_VERSION := $(shell sed -n 's/^ *"torch==\([^"]*\)".*/\1/p' pyproject.toml)
+HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup prepare train evaluate export mar serve translate demo test lint bench clean
+
+help:  ## list the verbs
+	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv with everything pinned in pyproject.toml (TORCH=cuda for GPUs)
+
+# The CPU build of torch comes from wherever pip is pointed, or from PyTorch's own index, which uv
+# knows by name. Only where neither has one is it the default build.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),cpu)
+	@echo "installing torch $(TORCH_VERSION) (CPU build)"
+	@$(BIN)/pip install -q torch==$(TORCH_VERSION)+cpu 2>/dev/null \
+	|| { $(BIN)/pip install -q uv==0.13.9 && \
+	     $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu torch==$(TORCH_VERSION) 2>/dev/null; } \
+	|| $(BIN)/pip install -q torch==$(TORCH_VERSION)
+else
+	$(BIN)/pip install -q torch==$(TORCH_VERSION)
+endif
+	@echo "installing the rest"
+	@$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+prepare: $(RUN)/data/report.json  ## clean the text, train the tokenizers
+$(RUN)/data/report.json: $(RECIPE) | $(READY)
+	$(TRAINING) prepare $(OPTIONS)
+
+train: $(RUN)/training.json  ## learn the weights; goes on where a stopped run was
+$(RUN)/training.json: $(RUN)/data/report.json
+	$(TRAINING) train $(OPTIONS)
+
+evaluate: $(RUN)/scores.json  ## score the best weights on validation and test text
+$(RUN)/scores.json: $(RUN)/training.json
+	$(TRAINING) evaluate $(OPTIONS)
+
+export: $(RUN)/model.pt  ## write model.pt (TorchScript)
+$(RUN)/model.pt: $(RUN)/scores.json
+	$(TRAINING) export $(OPTIONS)
+
+$(ARCHIVE): $(RUN)/model.pt $(HANDLER)
+	$(TRAINING) archive $(OPTIONS) --store $(@D)
+
+# Each run keeps its archive; the store holds the one that is served.
+mar: $(ARCHIVE)  ## build model-store/seq2seq.mar for TorchServe
+	@mkdir -p $(STORE)
+	@cmp -s $(ARCHIVE) $(STORE)/seq2seq.mar || { \
+	  cp $(ARCHIVE) $(STORE)/.new && mv $(STORE)/.new $(STORE)/seq2seq.mar && \
+	  cp $(ARCHIVE).sha256 $(STORE)/seq2seq.mar.sha256 && echo "$(STORE)/seq2seq.mar"; }
+
+serve: | $(READY)  ## serve model-store/seq2seq.mar until Ctrl-C (PORT=0: free ports)
+	@exec $(BIN)/python -m server serve --model-store $(STORE) $(if $(filter 0,$(PORT)),--free-ports,--port $(PORT))
+
+translate: | $(READY)  ## TEXT="...": translate with a running server (URL=http://127.0.0.1:8080)
+	@$(BIN)/python -m server translate --url $(URL) $(if $(TEXT),"$$TEXT")
+export TEXT
+
+demo: mar  ## train, export, archive, serve and translate over REST, from nothing
+	@cat $(RUN)/training.json $(RUN)/scores.json
+	@$(BIN)/python -m server.demo $(STORE) $(RUN)/data/test.source $(RUN)/data/test.target
+
+lint: | $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: | $(READY)  ## every test, end to end included (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+bench: mar  ## measure the served model: requests a second and latency
+	$(BIN)/python -m bench.serving $(STORE) $(RUN)/data/test.source
+
+clean:  ## remove what was built and trained; the environment stays
+	rm -rf runs $(STORE) build
