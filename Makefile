@@ -24,7 +24,7 @@ HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup prepare train evaluate export mar serve translate demo test lint bench clean
+.PHONY: help setup prepare train evaluate export archive mar serve translate demo test lint bench clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -73,6 +73,8 @@ mar: $(ARCHIVE)  ## build model-store/seq2seq.mar for TorchServe
 	@cmp -s $(ARCHIVE) $(STORE)/seq2seq.mar || { \
 	  cp $(ARCHIVE) $(STORE)/.new && mv $(STORE)/.new $(STORE)/seq2seq.mar && \
 	  cp $(ARCHIVE).sha256 $(STORE)/seq2seq.mar.sha256 && echo "$(STORE)/seq2seq.mar"; }
+
+archive: mar  ## another name for mar, after its verb
 
 serve: | $(READY)  ## serve model-store/seq2seq.mar until Ctrl-C (PORT=0: free ports)
 	@exec $(BIN)/python -m server serve --model-store $(STORE) $(if $(filter 0,$(PORT)),--free-ports,--port $(PORT))

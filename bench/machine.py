@@ -6,6 +6,8 @@ import platform
 
 import torch
 
+from handler.seq2seq_handler import usable_cpus
+
 
 def described() -> str:
     name = platform.processor() or platform.machine()
@@ -17,6 +19,6 @@ def described() -> str:
         pass
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"{datetime.date.today()}, {len(os.sched_getaffinity(0))} cores of {name}, {gpu}, "
+        f"{datetime.date.today()}, {usable_cpus()} cores of {name}, {gpu}, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )

@@ -37,6 +37,8 @@ def verify_digests(folder: Path) -> None:
     """
     try:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        if not isinstance(digests, dict):
+            raise ValueError("no mapping of names to digests")
     except (OSError, ValueError) as error:
         raise IntegrityError(
             f"{DIGESTS} of the archive cannot be read ({error}): build the archive again"

@@ -45,7 +45,7 @@ class Seq2SeqHandler:
                 f"handler.require_gpu is true, but the worker was given gpu_id {gpu} and "
                 f"torch sees {torch.cuda.device_count()} GPUs"
             )
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(options.threads or usable_cpus())
         described = ctx.manifest["model"]
         model = load(str(folder / described["serializedFile"]), device)
         source, target = (Tokenizer(folder / f"{side}.model") for side in ("source", "target"))
@@ -89,6 +89,11 @@ class Seq2SeqHandler:
         # None ends a request with a plain response; true and false are for streams.
         ctx.stopping_criteria = [plain] * len(live)
         return ["" if reply is None else reply.body for reply in replies]
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on; macOS does not tell, and has them all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def plain(_: object) -> None:

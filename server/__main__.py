@@ -142,10 +142,14 @@ def _translate(arguments: argparse.Namespace) -> int:
             stream.reconfigure(encoding="utf-8")
     try:
         for texts in _batches(arguments.text or (line.rstrip("\n") for line in sys.stdin)):
-            answer = translate(arguments.url, texts, timeout=arguments.timeout)
-            for hypotheses in answer["translations"]:
-                _say(hypotheses[0]["text"])
-    except (LookupError, TypeError) as error:
+            # The server refuses a blank text; here it keeps its line, so that lines stay in step.
+            spoken = [text for text in texts if text.strip()]
+            answer = translate(arguments.url, spoken, timeout=arguments.timeout) if spoken else {}
+            found = iter(answer.get("translations", []))
+            for text in texts:
+                said: str = next(found)[0]["text"] if text.strip() else ""
+                _say(said.replace("\n", " "))
+    except (LookupError, TypeError, AttributeError) as error:
         raise ServerError(f"server {arguments.url} answered a translation without text") from error
     except UnicodeDecodeError as error:
         raise ServerError(f"standard input is not UTF-8 ({error}): convert it first") from error

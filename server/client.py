@@ -54,7 +54,7 @@ def _post(url: str, body: bytes, timeout: float) -> Any:
     except urllib.error.URLError as error:
         raise ServerError(
             f"server {url} cannot be reached ({error.reason}): start one with "
-            "`python -m server serve`, or give its address"
+            "`make serve`, or give its address"
         ) from error
     except TimeoutError as error:
         raise ServerError(

@@ -14,7 +14,8 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What to serve and where. Port 0 means a free one; `models` are NAME=FILE in the store."""
+    """What to serve and where. Port 0 means a free one; `models` are NAME=FILE in the store, and
+    a NAME that comes again is another version: requests that name none go to the first."""
 
     model_store: Path = Path("model-store")
     models: tuple[str, ...] = ("seq2seq=seq2seq.mar",)

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,7 +165,8 @@ class TorchServe:
     def is_ready(self) -> bool:
         """Say whether every model has a worker that can answer, as management sees it now."""
         # TorchServe's own /ping and health paths are true while a model loads and after it failed.
-        return all(self._has_worker(model.split("=")[0]) for model in self.options.models)
+        names = Counter(model.split("=")[0] for model in self.options.models)
+        return all(self._has_workers(name, versions) for name, versions in names.items())
 
     def wait(self) -> int:
         """Wait for Java to end, which it does not do by itself, and return its exit status."""
@@ -218,15 +220,15 @@ class TorchServe:
             raise ServerError("the server is not started: start it first")
         return self._process
 
-    def _has_worker(self, name: str) -> bool:
+    def _has_workers(self, name: str, versions: int) -> bool:
         if self._running().poll() is not None:
             return False
-        request = f"{self.management_url}/models/{name}"
+        request = f"{self.management_url}/models/{name}/all"
         # A proxy of the environment has no business on loopback.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with direct.open(request, timeout=_REQUEST_SECONDS) as reply:
-                versions = json.load(reply)
+                loaded = json.load(reply)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == 404:
@@ -234,8 +236,10 @@ class TorchServe:
             return False
         except (OSError, ValueError):
             return False
-        workers = [worker for version in versions for worker in version["workers"]]
-        return any(worker["status"] == "READY" for worker in workers)
+        ready = (
+            any(worker["status"] == "READY" for worker in version["workers"]) for version in loaded
+        )
+        return sum(ready) == versions
 
     def _raise_if_failed(self) -> None:
         if self._running().poll() is not None:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def main() -> int:
     try:
         recipe = load(arguments.recipe, arguments.data)
         return carry_out(arguments, recipe, Run(arguments.run or Path("runs") / recipe.name))
+    except BrokenPipeError:
+        # Whoever read the output has left. Python would fail again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{arguments.verb}: standard output was closed", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"{arguments.verb}: {error}", file=sys.stderr)
         return 1
@@ -83,9 +89,9 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
     else:
         from training.translate import translate
 
-        stdin = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
-        stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", write_through=True)
-        translate(recipe, run, stdin, stdout)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n", write_through=True)
+        translate(recipe, run, sys.stdin.buffer, sys.stdout)
     return 0
 
 

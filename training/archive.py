@@ -13,7 +13,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import torch
+
 from handler.integrity import sha256, write_digests
+from training.export import exported
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically, write_text
 
@@ -23,15 +26,17 @@ CONFIG = PACKAGE / "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
 NAME = "seq2seq"  # of the model in TorchServe, so of its URL: /predictions/seq2seq
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can state
+CREATED = "01/01/1980 00:00:00"  # the same; TorchServe complains where there is none
 
 
 def archive(recipe: Recipe, run: Run, store: Path) -> Path:
     """Build `store`/seq2seq.mar, and seq2seq.mar.sha256 beside it.
 
     Raises:
-        RunError: nothing exported yet, or the archiver's own complaint.
+        RunError: nothing exported yet, what was exported is spoilt, or the archiver's own
+            complaint.
     """
-    run.demand(run.model, "export")
+    exported(run, torch.device("cpu"))
     built = store / f"{NAME}.mar"
     with tempfile.TemporaryDirectory(prefix="seq2serve-") as folder:
         staging, out = Path(folder, "content"), Path(folder, "out")
@@ -80,7 +85,7 @@ def repack(built: Path, path: Path) -> None:
             content = source.read(name)
             if name == MANIFEST:
                 manifest = json.loads(content)
-                manifest.pop("createdOn")
+                manifest["createdOn"] = CREATED
                 content = json.dumps(manifest, indent=1, sort_keys=True).encode()
             entry = zipfile.ZipInfo(name, EPOCH)
             entry.external_attr = 0o644 << 16

@@ -7,7 +7,7 @@ from training import checkpoint
 from training.batches import Batch, BatchSampler, TokenPairs, collate
 from training.corpus import lines
 from training.recipe import Recipe
-from training.run import Run, write_json, write_text
+from training.run import Run, RunError, write_json, write_text
 from training.scoring import Scores, perplexity, score_text
 from training.train import choose_device, tokenizers
 
@@ -39,9 +39,12 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
         text, references = (
             list(lines(run.data / f"{name}.{side}")) for side in ("source", "target")
         )
-        scores[name], decoded = score_text(
-            model, source, target, text, references, device, show=True
-        )
+        try:
+            scores[name], decoded = score_text(
+                model, source, target, text, references, device, show=True
+            )
+        except ValueError as error:
+            raise RunError(f"{run.data / name}.source: {error}") from None
         write_text(run.root / f"{name}.decoded", "".join(line + "\n" for line in decoded))
     pairs = TokenPairs.load(run.data / "validation.pt")
     sampler = BatchSampler(pairs, recipe.training.batch_tokens, 1024, seed=0)

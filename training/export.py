@@ -10,6 +10,7 @@ import torch
 
 from handler.decoding import DecodingOptions, Engine, decode_in_order
 from handler.decoding.model import load
+from handler.integrity import sha256
 from model import FORMAT_VERSION, ServingModel
 from model.serving import scripted
 from training.evaluate import best_network
@@ -31,6 +32,30 @@ def export(recipe: Recipe, run: Run) -> Path:
     write_atomically(run.model, lambda temporary: scripted(model).save(str(temporary)))
     check(model, run.model)
     return run.model
+
+
+def exported(run: Run, device: torch.device) -> Any:
+    """The model that `export` wrote.
+
+    Raises:
+        RunError: nothing exported yet, or tokenizers in the run folder that are not the model's.
+    """
+    run.demand(run.model, "export")
+    try:
+        model = load(str(run.model), device)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0]
+        raise RunError(
+            f"{run.model}: not a whole model ({problem}); run 'python -m training export' again"
+        ) from None
+    digests = json.loads(model.card)["data_digests"]["tokenizer"]
+    changed = [name for name, one in digests.items() if sha256(run.tokenizer / name) != one]
+    if changed:
+        raise RunError(
+            f"{run.tokenizer}: {', '.join(changed)} changed since {run.model.name} was trained; "
+            "train with --fresh, evaluate and export again"
+        )
+    return model
 
 
 def card(recipe: Recipe, run: Run, origin: dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,13 @@ class FilesOptions:
                 "allowed: source and target together, or tsv alone"
             )
 
+        for path in self.paths():
+            if os.path.isabs(path):
+                raise ValueError(
+                    f"source, target, tsv: got {path!r}; allowed: paths relative to data.folder, "
+                    "as recipes travel with the model"
+                )
+
     def paths(self) -> list[str]:
         return [p for p in (self.source, self.target, self.tsv) if p is not None]
 
@@ -102,7 +109,7 @@ class TrainingOptions:
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = field(default=0.001, metadata={"above": 0.0})
     schedule: Literal["constant", "linear", "inverse_sqrt", "halving"] = "inverse_sqrt"
-    warmup_steps: int = field(default=0, metadata={"minimum": 0})
+    warmup_steps: int = field(default=1000, metadata={"minimum": 0})
     halve_after_epoch: float = field(default=5.0, metadata={"minimum": 0.0})
     halve_every_epochs: float = field(default=0.5, metadata={"above": 0.0})
     loss_per: Literal["token", "sentence"] = "token"
@@ -140,12 +147,14 @@ class Recipe:
     model: ModelOptions
     cleaning: CleaningOptions = CleaningOptions()
     tokenizer: TokenizerOptions = TokenizerOptions()
-    training: TrainingOptions = TrainingOptions(warmup_steps=1000)
+    training: TrainingOptions = TrainingOptions()
     export: ExportOptions = ExportOptions()
 
     def __post_init__(self) -> None:
-        if not self.name or not all(c.isalnum() or c in "._-" for c in self.name):
-            raise ValueError(f"name: got {self.name!r}; allowed: letters, digits and '._-'")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(
+                f"name: got {self.name!r}; allowed: letters, digits and '._-', not '.' or '-' first"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -166,7 +175,7 @@ def load(path: Path, folder: str | None = None) -> Recipe:
         raise RecipeError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2001-13-45, which is no date
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
         recipe = read(Recipe, given)

@@ -73,22 +73,27 @@ def translations(
     """Translate line by line, in order and in bounded memory; a blank line stays blank.
 
     Raises:
-        ValueError: a line that cannot be translated; the message names its number.
+        ValueError: a line that cannot be translated, after all before it; the message names its
+            number.
     """
     blank: list[int] = []
+    wrong: list[ValueError] = []
     engine = Engine(model, ROWS, device)
 
     def sources() -> Iterator[list[int]]:
-        for number, line in enumerate(lines, 1):
-            tokens = source.encode(line) if line.strip() else []
-            if not tokens:
-                blank.append(number)
-            elif len(tokens) + 1 > model.max_source_length:
-                raise ValueError(
-                    f"line {number}: {len(tokens)} tokens; the model reads at most "
-                    f"{model.max_source_length - 1}: split the line into sentences"
-                )
-            yield [*tokens, model.eos_id]
+        try:
+            for number, line in enumerate(lines, 1):
+                tokens = source.encode(line) if line.strip() else []
+                if not tokens:
+                    blank.append(number)
+                elif len(tokens) + 1 > model.max_source_length:
+                    raise ValueError(
+                        f"line {number}: {len(tokens)} tokens; the model reads at most "
+                        f"{model.max_source_length - 1}: split the line into sentences"
+                    )
+                yield [*tokens, model.eos_id]
+        except ValueError as error:  # of a line read ahead: those before it come first
+            wrong.append(error)
 
     for number, event in enumerate(decode_in_order(engine, sources(), options), 1):
         if event.error is not None:
@@ -98,6 +103,8 @@ def translations(
             yield ""
         else:
             yield target.decode(event.results[0].tokens)
+    if wrong:
+        raise wrong[0]
 
 
 def decoded_scores(hypotheses: list[str], references: list[str]) -> Scores:
@@ -123,6 +130,6 @@ def score_text(
 ) -> tuple[Scores, list[str]]:
     """Decode `lines` greedily and score against `references`; the scores and the text."""
     decoded = translations(model, source, target, iter(lines), DecodingOptions(), device)
-    shown = tqdm(decoded, total=len(lines), unit="sentence", disable=not show, leave=False)
+    shown = tqdm(decoded, total=len(lines), unit="sentence", disable=None if show else True, leave=False)
     hypotheses = list(shown)
     return decoded_scores(hypotheses, references), hypotheses

@@ -143,7 +143,13 @@ class Trainer:
                     progress.finished = f"{options.epochs:g} epochs are done"
                     return
                 rate = learning_rate(options, progress.step, epoch)
-                log.count(self.update(self.batch(self.pairs, index), rate))
+                try:
+                    log.count(self.update(self.batch(self.pairs, index), rate))
+                except torch.OutOfMemoryError as error:
+                    raise RunError(
+                        f"step {progress.step}: {str(error).splitlines()[0]} Lower "
+                        "training.batch_tokens or the sizes of the model"
+                    ) from None
                 progress.step += 1
                 progress.batch += 1
                 if progress.step % LOG_EVERY == 0:

@@ -1,0 +1,245 @@
+"""The module that TorchServe loads, in TorchServe's own hands: its context, its loader's rules."""
+
+import json
+import logging
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from handler import seq2seq_handler
+from handler.fields import FieldError
+from handler.integrity import DIGESTS, IntegrityError, write_digests
+from handler.seq2seq_handler import Seq2SeqHandler
+from training.recipe import TokenizerOptions
+from training.tokenizer import learn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", ResourceWarning)  # it reads its version and closes no file
+    from ts.context import Context, RequestProcessor
+    from ts.utils.util import list_classes_from_module
+
+MANIFEST = "MAR-INF/MANIFEST.json"
+ONE_THREAD = {"threads": 1}
+
+
+@pytest.fixture(scope="module")
+def unpacked(toy, tmp_path_factory) -> Path:
+    """The archive as TorchServe unpacks it."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(toy.store / "seq2seq.mar") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(unpacked, tmp_path) -> Path:
+    return Path(shutil.copytree(unpacked, tmp_path / "model"))
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was():
+    """What the handler sets for its whole process is taken back."""
+    loggers = [logging.getLogger(), logging.getLogger("ts.metrics.caching_metric")]
+    threads, filters = torch.get_num_threads(), [list(one.filters) for one in loggers]
+    yield
+    torch.set_num_threads(threads)
+    for one, kept in zip(loggers, filters):
+        one.filters[:] = kept
+
+
+def context(folder, handler=ONE_THREAD, gpu=None) -> Context:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    config = {"minWorkers": 1, "handler": handler}
+    return Context("seq2seq", str(folder), manifest, 8, gpu, "0.12.0", model_yaml_config=config)
+
+
+def initialized(folder, **more) -> Seq2SeqHandler:
+    one = Seq2SeqHandler()
+    one.initialize(context(folder, **more))
+    return one
+
+
+def calls(one, ctx, requests, most=200) -> dict[str, tuple]:
+    """Call `handle` as TorchServe does; status, content type and body of each request.
+
+    requests: (id, headers, data) each.
+    """
+    live, got = list(requests), {}
+    for _ in range(most):
+        if not live:
+            return got
+        ctx.request_ids = {i: each[0] for i, each in enumerate(live)}
+        ctx.request_processor = [RequestProcessor(dict(each[1])) for each in live]
+        ctx.stopping_criteria = None
+        bodies = one.handle([each[2] for each in live], ctx)
+        assert len(bodies) == len(ctx.stopping_criteria) == len(live)
+        # None, of each, is TorchServe's sign for a whole reply.
+        assert [ends(None) for ends in ctx.stopping_criteria] == [None] * len(live)
+        for i, each in enumerate(live):
+            if i in ctx.request_ids:
+                status, _ = ctx.get_response_status(i)
+                got[each[0]] = (status, ctx.get_response_content_type(i), bodies[i])
+            else:
+                assert bodies[i] == ""
+        live = [each for each in live if each[0] not in got]
+    raise AssertionError(f"no reply to {live}")
+
+
+def test_the_module_has_the_one_class_that_the_loader_demands():
+    assert list_classes_from_module(seq2seq_handler) == [Seq2SeqHandler]
+    assert not hasattr(seq2seq_handler, "handle")  # which the loader would take instead
+
+
+def test_headers_are_read_whatever_their_case(unpacked):
+    ctx = context(unpacked)
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    body = {"body": b'{"text": "12"}'}
+    requests = [
+        *((name, {name: "application/json"}, body)
+          for name in ("content-type", "Content-Type", "CONTENT-TYPE")),
+        ("text", {"Content-type": "text/plain"}, {"body": b"12"}),
+        # TorchServe names the parameters of a form beside the headers.
+        ("form", {"text": {"content-type": "a/b"}, "Content-Type": "a/b"}, {"text": "12"}),
+        ("data", {"content-type": "text/plain"}, {"data": "12"}),
+        ("card", {"Url_Path": "card"}, {}),
+        ("path", {"url_path": "other"}, {}),
+        ("nothing", {}, {}),
+    ]
+    got = calls(one, ctx, requests)
+    assert {key: reply[0] for key, reply in got.items()} == {
+        **dict.fromkeys(("content-type", "Content-Type", "CONTENT-TYPE", "text"), 200),
+        **{"form": 400, "data": 200, "card": 200, "path": 404, "nothing": 400},
+    }
+    json_reply, text_reply = got["content-type"], got["text"]
+    assert json_reply[1] == "application/json"
+    assert json_reply == got["Content-Type"] == got["CONTENT-TYPE"]
+    (translation,) = json.loads(json_reply[2])["translations"]
+    assert text_reply[1:] == ("text/plain; charset=utf-8", translation[0]["text"] + "\n")
+    assert got["data"] == text_reply
+    assert got["card"][1] == "application/json"
+    assert "version" in json.loads(got["card"][2])
+
+
+def test_a_request_that_is_not_finished_is_left_out_of_the_reply(unpacked):
+    ctx = context(unpacked, {**ONE_THREAD, "steps_per_call": 1})
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    ctx.request_ids = {0: "long", 1: "bad"}
+    ctx.request_processor = [RequestProcessor({"content-type": "text/plain"}) for _ in range(2)]
+    assert one.handle([{"body": "12345"}, {"body": b"\xff"}], ctx)[0] == ""
+    assert ctx.request_ids == {1: "bad"}
+    assert ctx.get_response_status(1)[0] == 400
+    assert ctx.get_response_status(0)[0] == 200
+    ctx.request_ids, ctx.request_processor = {}, []
+    assert one.handle([], ctx) == []
+    assert one.service.engine.idle
+
+
+def test_the_archive_as_it_was_built_is_served_with_its_name_and_version(unpacked):
+    one = initialized(unpacked)
+    described = json.loads((unpacked / MANIFEST).read_text())["model"]
+    assert one.service.model == {
+        "name": described["modelName"], "version": described["modelVersion"]
+    }
+    assert one.service.engine.device == torch.device("cpu")
+    assert torch.get_num_threads() == 1
+
+
+def test_any_changed_byte_is_refused_by_the_name_of_its_file(copy):
+    names = [p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()]
+    assert {"model.pt", "source.model", "target.model", "seq2seq_handler.py"} <= set(names)
+    assert {"model-config.yaml", "handler/service.py", "handler/decoding/engine.py"} <= set(names)
+    for name in set(names) - {MANIFEST, DIGESTS}:
+        path = copy / name
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        for changed in (
+            whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            whole + b"\0",
+            whole[:-1],
+        ):
+            path.write_bytes(changed)
+            with pytest.raises(IntegrityError, match=f"^{name} in the archive is not the file"):
+                initialized(copy)
+        path.unlink()
+        with pytest.raises(IntegrityError, match=f"^{name} is missing from the archive"):
+            initialized(copy)
+        path.write_bytes(whole)
+    initialized(copy)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff", b"{", b"[]", b'{"model.pt": 5}'])
+def test_without_a_record_of_digests_nothing_is_served(copy, content):
+    (copy / DIGESTS).unlink()
+    if content is not None:
+        (copy / DIGESTS).write_bytes(content)
+    with pytest.raises(IntegrityError, match="build the archive again"):
+        initialized(copy)
+
+
+def test_a_model_of_another_format_is_refused(copy):
+    model = torch.jit.load(copy / "model.pt")
+    model.format_version = 99
+    model.save(str(copy / "model.pt"))
+    write_digests(copy)
+    with pytest.raises(ValueError, match=r"model\.pt: format version 99; this code reads"):
+        initialized(copy)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(copy, side):
+    content = learn(TokenizerOptions(), 266, ["0 1 2 3 4"] * 3, "source_vocabulary")
+    (copy / f"{side}.model").write_bytes(content)
+    write_digests(copy)
+    with pytest.raises(ValueError, match=r"source\.model and target\.model have .*266"):
+        initialized(copy)
+
+
+@pytest.mark.parametrize("gpu", [None, -1, 0, "0"])
+def test_a_gpu_that_is_required_and_missing_is_an_error(unpacked, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RuntimeError, match=f"require_gpu is true, .* gpu_id {gpu} and .* 0 GPUs"):
+        initialized(unpacked, handler={"require_gpu": True}, gpu=gpu)
+    one = initialized(unpacked, gpu=gpu)
+    assert one.service.engine.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        ({"rows": 0}, "handler.rows: got 0; allowed: an integer from 1 to 65536"),
+        ({"rows": "64"}, "handler.rows: got '64'; allowed"),
+        ({"row": 64}, "handler.row: unknown option; did you mean 'rows'?"),
+        ({"steps_per_call": 1.5}, "handler.steps_per_call: got 1.5; allowed"),
+        ({"threads": 0}, "handler.threads: got 0; allowed: an integer of at least 1 or null"),
+        ({"require_gpu": "yes"}, "handler.require_gpu: got 'yes'; allowed: true or false"),
+        (["rows"], "handler: got a list of 1; allowed: a mapping of options"),
+        (64, "handler: got 64; allowed: a mapping of options"),
+    ],
+)
+def test_a_wrong_option_of_the_yaml_is_named(unpacked, handler, message):
+    with pytest.raises(FieldError) as error:
+        initialized(unpacked, handler=handler)
+    assert str(error.value).startswith(message)
+
+
+def test_options_may_be_left_out(unpacked):
+    one = initialized(unpacked, handler=None)
+    assert one.service.options.rows == one.service.engine.capacity == 64
+
+
+def test_no_client_can_fill_the_log(unpacked, caplog):
+    initialized(unpacked)
+    with caplog.at_level(logging.INFO):
+        logging.info("Backend received inference at: %d", 5)
+        for what in ("json", "utf-8"):
+            logging.warning("Failed %s decoding", what)  # as another message would be
+            logging.warning(f"Failed {what} decoding of input data. Forwarding encoded payload")
+        logging.warning("something else")
+    assert caplog.messages == ["Failed json decoding", "Failed utf-8 decoding", "something else"]

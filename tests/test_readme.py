@@ -1,0 +1,112 @@
+"""What the README tells a newcomer to type does what it says."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Toy
+
+from server.torchserve import ServerOptions, TorchServe
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced code of the README in `language`, none for commands."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> tuple[str, ...]:
+    """Make uses the environment that runs the tests, which is there already."""
+    ready = tmp_path / "ready"
+    ready.touch()
+    return (f"BIN={Path(sys.executable).parent}", f"READY={ready}")
+
+
+@pytest.fixture(scope="module")
+def server(toy: Toy):
+    options = ServerOptions(model_store=toy.store, port=0, management_port=0, metrics_port=0)
+    with TorchServe(options) as running:
+        yield running
+
+
+def test_every_make_target_of_the_documents_exists_and_is_explained():
+    named = set()
+    for document in DOCUMENTS:
+        code = re.findall(r"```.*?```|`[^`\n]+`", document.read_text(), re.S)
+        named |= set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(code)))
+    listed = set(re.findall(r"^make ([a-z]+) ", make("help").stdout, re.M))
+    assert {"demo", "test", "serve", "translate", "setup"} <= named <= listed
+
+
+def test_every_file_that_the_documents_link_to_exists():
+    for document in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_make_demo_serves_and_translates_and_does_nothing_twice(toy: Toy, tools, tmp_path):
+    arguments = (
+        "demo", *tools, f"RECIPE={toy.recipe_file}", f"RUN={toy.run.root}", f"STORE={tmp_path}"
+    )
+    first = make(*arguments)
+    assert first.returncode == 0, first.stderr
+    source = (toy.run.data / "test.source").read_text().split("\n")[0]
+    assert f"{source}  ->  {source[::-1]}" in first.stdout
+    assert '"exact_match"' in first.stdout
+    for verb in ("prepare", "train", "evaluate", "export"):
+        assert f"training {verb}" not in first.stdout
+    again = make(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "-m training" not in again.stdout
+
+
+def test_make_translate_asks_the_server(server, tools):
+    done = make("translate", *tools, f"URL={server.url}", TEXT="3141")
+    assert (done.stdout.splitlines()[-1], done.returncode) == ("1413", 0)
+    hostile = make("translate", *tools, f"URL={server.url}", TEXT="12$(touch oops)`id`\"'; 34")
+    assert hostile.returncode == 0, hostile.stderr
+    assert not (ROOT / "oops").exists()
+
+
+def test_make_serve_without_an_archive_says_what_to_do(tools, tmp_path):
+    done = make("serve", *tools, f"STORE={tmp_path}", "PORT=0")
+    assert done.returncode != 0
+    assert "make mar" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_python_call_works(server, tmp_path):
+    (code,) = blocks("python")
+    assert "http://localhost:8080" in code
+    script = tmp_path / "call.py"
+    script.write_text(
+        code.replace("http://localhost:8080", server.url).replace("3rd of May, 2021", "271828")
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "828172\n", done.stderr
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_call_works(server):
+    (command,) = (b for b in blocks("") if b.startswith("curl"))
+    command = command.replace("localhost:8080", server.url.removeprefix("http://"))
+    command = command.replace("3rd of May, 2021", "271828")
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert '"828172"' in done.stdout, done.stderr

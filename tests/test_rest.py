@@ -1,0 +1,483 @@
+"""The REST API end to end: a real TorchServe that has nothing but the archive."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.client
+import io
+import json
+import random
+import shutil
+import socket
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import psutil  # comes with torchserve
+import pytest
+import torch
+from conftest import ROOT
+
+from handler.decoding import DecodingOptions
+from handler.decoding.model import load
+from model import ServingModel
+from server.__main__ import main
+from server.errors import ServerError
+from server.options import CONFIG
+from server.torchserve import ServerOptions, TorchServe
+from training.archive import archive
+from training.evaluate import best_network
+from training.export import export
+from training.run import Run
+from training.scoring import translations
+from training.train import tokenizers
+
+GUARD_SECONDS = 120  # against a hang; no statement about speed
+CPU = torch.device("cpu")
+JSON = {"Content-Type": "application/json"}
+TEXT = {"Content-Type": "text/plain"}
+PREDICT = "/predictions/seq2seq"
+
+
+def options(store, *models) -> ServerOptions:
+    return ServerOptions(
+        model_store=store,
+        models=models or ("seq2seq=seq2seq.mar",),
+        port=0,
+        management_port=0,
+        metrics_port=0,
+        startup_timeout=GUARD_SECONDS,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(toy, tmp_path_factory):
+    """A server whose store holds the archive alone, started where the repository is not."""
+    store = tmp_path_factory.mktemp("alone")
+    shutil.copy(toy.store / "seq2seq.mar", store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        with TorchServe(options(store)) as started:
+            yield started
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    content_type: str
+    body: bytes
+
+    @property
+    def json(self):
+        assert self.content_type == "application/json"
+        return json.loads(self.body)
+
+    @property
+    def texts(self) -> list[str]:
+        assert self.status == 200, self
+        return [one[0]["text"] for one in self.json["translations"]]
+
+    @property
+    def error(self) -> tuple[int, str]:
+        """Status and type of an error in the shape of the contract."""
+        answer = self.json
+        assert list(answer) == ["code", "type", "message"]
+        assert answer["code"] == self.status
+        assert answer["message"]
+        return self.status, answer["type"]
+
+
+def call(server, path=PREDICT, body=None, headers=JSON, method=None) -> Reply:
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, body, headers, method=method)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=GUARD_SECONDS) as reply:
+            return Reply(reply.status, reply.headers.get("Content-Type", ""), reply.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Reply(error.code, error.headers.get("Content-Type", ""), error.read())
+
+
+def raw(server, body: bytes | None, headers, method="POST", path=PREDICT) -> Reply:
+    """A request with just these headers: urllib adds a content type of its own."""
+    address = urlsplit(server.url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, GUARD_SECONDS)
+    with closing(connection):
+        connection.request(method, path, body, headers)
+        reply = connection.getresponse()
+        return Reply(reply.status, reply.getheader("Content-Type", ""), reply.read())
+
+
+def versions(server) -> list[dict]:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = f"{server.management_url}/models/seq2seq/all"
+    with direct.open(url, timeout=GUARD_SECONDS) as reply:
+        return json.load(reply)
+
+
+def workers(server) -> list[int]:
+    return [worker["pid"] for version in versions(server) for worker in version["workers"]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_kills_the_worker(request):
+    """After every test the worker is the process that it was, and answers."""
+    if "server" not in request.fixturenames:
+        yield
+        return
+    server = request.getfixturevalue("server")
+    before = workers(server)
+    yield
+    assert workers(server) == before
+    assert len(call(server, body={"text": "12"}).texts) == 1
+
+
+def offline(toy, lines, length=None, eager=False) -> list[str]:
+    """What the offline engine says, of model.pt or of the network itself."""
+    model = load(str(toy.run.model), CPU)
+    if eager:
+        network, _ = best_network(toy.recipe, toy.run)
+        model = ServingModel(network, model.max_source_length, model.max_target_length)
+    source, target = tokenizers(toy.run)
+    return list(translations(model, source, target, iter(lines), DecodingOptions(length), CPU))
+
+
+def spoken(count: int, seed: int = 7) -> list[str]:
+    draw = random.Random(seed)
+    return [
+        "".join(draw.choice("0123456789") for _ in range(draw.randint(1, 9))) for _ in range(count)
+    ]
+
+
+# Answers
+
+
+def test_one_text_is_answered_in_the_shape_of_the_contract(server, toy):
+    answer = call(server, body={"text": "123"}).json
+    (expected,) = offline(toy, ["123"])
+    (((translation,),), model, usage) = answer.values()
+    assert list(answer) == ["translations", "model", "usage"]
+    assert translation["text"] == expected
+    assert translation["finish_reason"] in ("eos", "length")
+    assert model == {"name": "seq2seq", "version": toy.recipe.export.version}
+    assert sorted(usage) == ["source_tokens", "target_tokens"]
+
+
+def test_served_is_offline_is_eager(server, toy):
+    texts = [*spoken(150), "ä 12", "😀", "1" * 30, " 12  34 ", "1\n2\t3"]
+    served = call(server, body={"text": texts}).texts
+    assert served == offline(toy, texts)
+    assert served == offline(toy, texts, eager=True)
+    assert len(set(served)) > 10
+
+
+def test_max_length_limits_each_text(server, toy):
+    texts = spoken(20)
+    for length in (1, 4, 10_000):
+        reply = call(server, body={"text": texts, "max_length": length})
+        assert reply.texts == offline(toy, texts, length)
+    reply = call(server, body={"text": ["12345", "678"], "max_length": 1}).json
+    assert [one[0]["finish_reason"] for one in reply["translations"]] == ["length"] * 2
+    assert reply["usage"]["target_tokens"] == 2
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@pytest.mark.parametrize("headers", [TEXT, {}], ids=["text", "none"])
+def test_text_is_translated_line_by_line(server, toy, method, headers):
+    """`curl -T FILE` puts the file, and names no type."""
+    lines = ["12", "", "345", "  ", "6"]
+    reply = raw(server, "".join(f"{line}\n" for line in lines).encode(), headers, method)
+    assert (reply.status, reply.content_type) == (200, "text/plain; charset=utf-8")
+    expected = offline(toy, lines)
+    assert expected[1] == expected[3] == ""
+    assert reply.body.decode() == "".join(f"{line}\n" for line in expected)
+
+
+@pytest.mark.parametrize("name", ["content-type", "Content-Type", "CONTENT-TYPE"])
+@pytest.mark.parametrize("value", ["application/json", "Application/JSON; charset=UTF-8"])
+def test_headers_are_understood_in_any_case(server, name, value):
+    assert raw(server, b'{"text": "12"}', {name: value}).status == 200
+
+
+def test_each_of_many_clients_gets_its_own_answer(server, toy):
+    """32 at once, of one text and of several, in every content type, with and without limits."""
+    texts = spoken(32 * 6, seed=8)
+    whole, limited = offline(toy, texts), offline(toy, texts, 3)
+
+    def client(i: int) -> None:
+        own = range(6 * i, 6 * i + 6)
+        for k in own[:3]:
+            assert call(server, body={"text": texts[k]}).texts == [whole[k]]
+        many = [texts[k] for k in own]
+        reply = call(server, body={"text": many, "max_length": 3})
+        assert reply.texts == [limited[k] for k in own]
+        bad = call(server, body={"text": many, "max_length": 0})
+        assert bad.error == (400, "InvalidOption")
+        plain = call(server, body="\n".join(many).encode(), headers=TEXT)
+        assert plain.body.decode().splitlines() == [whole[k] for k in own]
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(client, range(32)))
+
+
+def test_the_card_is_that_of_the_run(server, toy):
+    version = toy.recipe.export.version
+    for method, path in (("GET", "card"), ("POST", "card")):
+        reply = raw(server, None, {}, method, f"{PREDICT}/{version}/{path}")
+        assert reply.status == 200
+        assert reply.json == json.loads(load(str(toy.run.model), CPU).card)
+        assert reply.json["scores"] == toy.run.read_json(toy.run.scores, "evaluate")
+
+
+# Refusals
+
+REFUSED = [
+    ({"text": "12", "beam": 4}, JSON, (400, "InvalidOption"), "beam: unknown option"),
+    ({"text": "12", "beam_size": 0}, JSON, (400, "InvalidOption"), "beam_size"),
+    ({"text": "12", "max_length": "1"}, JSON, (400, "InvalidOption"), "max_length: got '1'"),
+    ({"text": "12", "max_length": -(10**400)}, JSON, (400, "InvalidOption"), "max_length: got"),
+    ({"text": 12}, JSON, (400, "InvalidOption"), "text: got 12; allowed: a string or a list"),
+    ({"text": ["12", None]}, JSON, (400, "InvalidOption"), "text[1]: got null"),
+    ({"text": []}, JSON, (400, "InvalidOption"), "text: got a list of 0"),
+    ({"texts": "12"}, JSON, (400, "InvalidOption"), "text: missing"),
+    ({"text": ""}, JSON, (400, "EmptyText"), "text: got ''"),
+    ({"text": ["12", "   "]}, JSON, (400, "EmptyText"), "text[1]: got '   '"),
+    ({"text": "\x01\x02\u200b"}, JSON, (400, "EmptyText"), "control characters"),
+    (b'{"text": "1\\ud800"}', JSON, (400, "InvalidText"), "character 1 is the lone surrogate"),
+    (["12"], JSON, (400, "InvalidRequest"), "got a list of 1; allowed: an object"),
+    ("12", JSON, (400, "InvalidRequest"), "got '12'; allowed: an object"),
+    (b"[" * 100_000 + b"]" * 100_000, JSON, (400, "InvalidJSON"), "nested too deeply"),
+    (b'{"text": "12"', JSON, (400, "InvalidJSON"), "line 1 column 14"),
+    (b'{"text": "\xff"}', JSON, (400, "InvalidJSON"), "byte 10"),
+    (b'{"text": "12", "max_length": NaN}', JSON, (400, "InvalidOption"), "max_length: got nan"),
+    (b"12\n\xe4\n", TEXT, (400, "InvalidText"), "byte 3 is 0xe4"),
+    (b" \n\n", TEXT, (400, "EmptyText"), "text[0]: got ' '"),
+    (b"<a/>", {"Content-Type": "application/xml"}, (400, "InvalidContentType"), "application/xml"),
+    (
+        b'{"text": "12"}',
+        {"Content-Type": "application/x-www-form-urlencoded"},
+        (400, "InvalidContentType"),
+        "allowed: application/json or text/plain",
+    ),
+    (
+        b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n12\r\n--x--\r\n',
+        {"Content-Type": "multipart/form-data; boundary=x"},
+        (400, "InvalidContentType"),
+        "multipart/form-data",
+    ),
+    (None, JSON, (400, "InvalidRequest"), "no body"),
+    (b"", TEXT, (400, "InvalidRequest"), "no body"),
+    (None, {}, (400, "InvalidRequest"), "no body"),
+    ({"text": ["12"] * 1025}, JSON, (413, "TooManyTexts"), "got 1025 texts; allowed: at most 1024"),
+    ({"text": ["12", "0123 " * 2000]}, JSON, (413, "TextTooLong"), "text[1]: got 10000 characters"),
+    (b"x" * 10_000, TEXT, (413, "TextTooLong"), "text: got 10000 characters"),
+]
+
+
+@pytest.mark.parametrize(("body", "headers", "expected", "message"), REFUSED)
+def test_bad_input_is_refused_with_its_reason(server, body, headers, expected, message):
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    reply = raw(server, body, headers)
+    assert reply.error == expected
+    assert message in reply.json["message"]
+
+
+def test_all_bad_input_at_once_hurts_no_good_request(server, toy):
+    texts = spoken(len(REFUSED), seed=9)
+    expected = offline(toy, texts)
+
+    def client(i: int) -> None:
+        body, headers, refused, _ = REFUSED[i]
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        assert raw(server, body, headers).error == refused
+        assert call(server, body={"text": texts[i]}).texts == [expected[i]]
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(client, range(len(REFUSED))))
+    assert not [line for line in server._log.lines if "Traceback" in line or "Error" in line]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "😀👩‍👩‍👧‍👦",
+        "\u200b\ufeff",
+        "\0",
+        "\x01\x1f\x7f\x80",
+        "\U0010ffff",
+        "e\u0301" * 5,
+        "\u202e12",
+        "1" * 60,
+        "▁",
+        "</s><pad><unk>",
+        "\r",
+        "\u2028",
+    ],
+)
+def test_any_unicode_is_translated_or_refused(server, text):
+    reply = call(server, body={"text": text})
+    if reply.status != 200:
+        assert reply.error == (400, "EmptyText") or reply.error == (413, "TextTooLong")
+    else:
+        assert len(reply.texts) == 1
+
+
+def test_what_is_larger_than_any_request_is_refused_by_torchserve(server):
+    largest = next(
+        int(line.split("=")[1])
+        for line in CONFIG.read_text().splitlines()
+        if line.startswith("max_request_size=")
+    )
+    reply = call(server, body=b"1" * (largest + 1), headers=TEXT)
+    assert (reply.status, reply.body) == (413, b"")
+    assert call(server, body=b"1" * (largest - 1000), headers=TEXT).error == (413, "TextTooLong")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/predictions/other",
+        "/predictions/seq2seq/9.9",
+        "/predictions/seq2seq/{version}/cards",
+        "/predictions/seq2seq/{version}/card/more",
+        "/other",
+    ],
+)
+def test_what_is_not_there_is_not_found(server, toy, path):
+    path = path.format(version=toy.recipe.export.version)
+    status, _ = call(server, path, {"text": "12"}).error
+    assert status == 404
+
+
+def test_headers_of_any_bytes_are_harmless(server):
+    headers = {**JSON, "X-Name": b"\xe9\xff".decode("latin-1"), "url_Path": ""}
+    assert raw(server, b'{"text": "12"}', headers).status == 200
+
+
+def test_clients_that_leave_hurt_nobody(server, toy):
+    address = urlsplit(server.url)
+    body = json.dumps({"text": spoken(10)}).encode()
+    head = f"POST {PREDICT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    for sent in (len(body), len(body) // 2):
+        for _ in range(20):
+            with socket.create_connection((address.hostname, address.port)) as gone:
+                gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:sent])
+    texts = spoken(5, seed=10)
+    assert call(server, body={"text": texts}).texts == offline(toy, texts)
+
+
+def test_nothing_of_the_repository_is_near_the_worker(server):
+    (pid,) = workers(server)
+    worker = psutil.Process(pid)
+    places = [worker.cwd(), *worker.environ().get("PYTHONPATH", "").split(":")]
+    assert not [place for place in places if place == str(ROOT) or f"{ROOT}/" in f"{place}/"]
+
+
+# Archives
+
+
+def changed(source, target, member) -> None:
+    """A whole and valid archive, in which one byte of one member is another."""
+    with zipfile.ZipFile(source) as given, zipfile.ZipFile(target, "w") as built:
+        for name in given.namelist():
+            content = given.read(name)
+            if name == member:
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            built.writestr(name, content)
+
+
+@pytest.mark.parametrize("member", ["source.model", "model.pt"])
+def test_a_changed_archive_is_refused_by_the_name_of_its_file(toy, tmp_path, member):
+    changed(toy.store / "seq2seq.mar", tmp_path / "seq2seq.mar", member)
+    shutil.copy(toy.store / "seq2seq.mar.sha256", tmp_path)
+    with pytest.raises(ServerError, match=r"seq2seq\.mar has SHA-256"):
+        TorchServe(options(tmp_path)).start()
+    (tmp_path / "seq2seq.mar.sha256").unlink()
+    server = TorchServe(options(tmp_path))
+    with pytest.raises(ServerError, match=f"IntegrityError: {member} in the archive"), server:
+        pytest.fail("is ready")
+
+
+def test_two_versions_are_served_side_by_side(toy, tmp_path):
+    store, shorter = tmp_path / "store", 8
+    second = dataclasses.replace(
+        toy.recipe,
+        export=dataclasses.replace(toy.recipe.export, version="2.0", max_source_length=shorter),
+    )
+    run = Run(shutil.copytree(toy.run.root, tmp_path / "run"))
+    export(second, run)
+    other = archive(second, run, tmp_path / "other")
+    store.mkdir()
+    shutil.copy(toy.store / "seq2seq.mar", store)
+    shutil.copy(other, store / "seq2seq-2.0.mar")
+    digest = hashlib.sha256(other.read_bytes()).hexdigest()
+    (store / "seq2seq-2.0.mar.sha256").write_text(f"{digest}  seq2seq-2.0.mar\n")
+    first = toy.recipe.export.version
+    assert first != "2.0"
+    with TorchServe(options(store, "seq2seq=seq2seq.mar", "seq2seq=seq2seq-2.0.mar")) as server:
+        assert {one["modelVersion"]: len(one["workers"]) for one in versions(server)} == {
+            first: 1, "2.0": 1,
+        }
+        texts = [text for text in spoken(8, seed=11) if len(text) < shorter - 1]
+        for path, version in (("", first), (f"/{first}", first), ("/2.0", "2.0")):
+            reply = call(server, PREDICT + path, {"text": texts, "max_length": 5})
+            assert reply.texts == offline(toy, texts, 5)
+            assert reply.json["model"] == {"name": "seq2seq", "version": version}
+        long = {"text": "1" * shorter}
+        assert call(server, f"{PREDICT}/{first}", long).status == 200
+        assert call(server, f"{PREDICT}/2.0", long).error == (413, "TextTooLong")
+        for version in (first, "2.0"):
+            assert call(server, f"{PREDICT}/{version}/card").json["version"] == version
+
+
+# The command line
+
+
+@pytest.fixture
+def translate(server, monkeypatch, capsys):
+    def run(*texts: str, lines: bytes = b"", url: str = server.url) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="ascii"))
+        capsys.readouterr()
+        status = main(["translate", "--url", url, *texts])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_line_translates_its_arguments(translate, toy):
+    texts = ["12", "", "345"]
+    assert translate(*texts) == (0, "".join(f"{t}\n" for t in offline(toy, texts)), "")
+
+
+def test_the_command_line_translates_lines_and_keeps_blank_ones(translate, toy):
+    texts = ["", "12", "", *spoken(100), *[""] * 100, "é 7", " "]
+    expected = "".join(f"{text}\n" for text in offline(toy, texts))
+    assert translate(lines="\n".join(texts).encode()) == (0, expected, "")
+    assert translate(lines=b"") == (0, "", "")
+    assert translate(lines=b"\n\n") == (0, "\n\n", "")
+
+
+def test_the_command_line_says_in_one_line_what_is_wrong(translate):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for given, said in (
+        ({"url": f"http://127.0.0.1:{port}", "lines": b"12"}, "cannot be reached"),
+        ({"lines": b"1" * 10_000}, "413 TextTooLong: text: got 10000 characters"),
+        ({"lines": b"\xff\n"}, "standard input is not UTF-8"),
+    ):
+        status, out, err = translate(**given)
+        assert (status, out) == (1, "")
+        assert err.startswith("error: ")
+        assert said in err
+        assert err.count("\n") == 1
