@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from handler.decoding.options import DecodingOptions
-from handler.fields import FieldError, dotted, read, shown
+from handler.fields import FieldError, read, shown
 
 JSON = "application/json"
 TEXT = "text/plain"
@@ -132,10 +132,15 @@ def texts_of(given: Mapping[object, object]) -> list[str]:
     return text
 
 
+def place(texts: list[str], i: int) -> str:
+    """The name of text `i` in messages."""
+    return "text" if len(texts) == 1 else f"text[{i}]"
+
+
 def check_texts(texts: list[str], blank: bool) -> None:
     """Refuse what is not text: nothing but space (unless `blank`), or half a surrogate pair."""
     for i, text in enumerate(texts):
-        where = dotted("", "text" if len(texts) == 1 else f"text[{i}]")
+        where = place(texts, i)
         if not blank and not text.strip():
             raise Refusal(
                 400, "EmptyText", f"{where}: got {shown(text)}; allowed: text that is not blank"

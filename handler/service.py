@@ -11,7 +11,7 @@ from typing import Any
 
 from handler.decoding import Engine, Event
 from handler.decoding.options import DecodingOptions
-from handler.request import JSON, TEXT, Refusal, TranslationRequest, parse
+from handler.request import JSON, TEXT, Refusal, TranslationRequest, parse, place
 from handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class Service:
         text = request.texts[i]
         if not text.strip():
             return []
-        where = "text" if len(request.texts) == 1 else f"text[{i}]"
+        where = place(request.texts, i)
         tokens = self.source.encode(text)
         if not tokens:
             raise Refusal(

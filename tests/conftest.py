@@ -30,7 +30,7 @@ model:
   decoder_hidden_size: 64
   attention_size: 48
 training:
-  epochs: 10
+  epochs: 6
   batch_tokens: 600
   learning_rate: 0.004
   schedule: linear

@@ -1,6 +1,7 @@
 """How good a network is: perplexity under teacher forcing, and scores of what it decodes."""
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,7 @@ def score_text(
 ) -> tuple[Scores, list[str]]:
     """Decode `lines` greedily and score against `references`; the scores and the text."""
     decoded = translations(model, source, target, iter(lines), DecodingOptions(), device)
-    shown = tqdm(decoded, total=len(lines), unit="sentence", disable=None if show else True, leave=False)
+    hidden = not (show and sys.stderr.isatty())
+    shown = tqdm(decoded, total=len(lines), unit="sentence", disable=hidden, leave=False)
     hypotheses = list(shown)
     return decoded_scores(hypotheses, references), hypotheses
