@@ -52,9 +52,9 @@ prepare: $(RUN)/data/report.json  ## clean the text, train the tokenizers
 $(RUN)/data/report.json: $(RECIPE) | $(READY)
 	$(TRAINING) prepare $(OPTIONS)
 
-train: $(RUN)/training.json  ## learn the weights; goes on where a stopped run was
+train: $(RUN)/training.json  ## learn the weights; goes on where a stopped run was (FRESH=1: anew)
 $(RUN)/training.json: $(RUN)/data/report.json
-	$(TRAINING) train $(OPTIONS)
+	$(TRAINING) train $(OPTIONS) $(if $(FRESH),--fresh)
 
 evaluate: $(RUN)/scores.json  ## score the best weights on validation and test text
 $(RUN)/scores.json: $(RUN)/training.json

@@ -1,7 +1,6 @@
 """Where and when a measurement was made, for the line above its table."""
 
 import datetime
-import os
 import platform
 
 import torch

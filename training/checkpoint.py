@@ -104,7 +104,7 @@ def load_own(path: Path, recipe: Recipe, digests: dict[str, Any]) -> dict[str, A
     if changed:
         raise RunError(
             f"{path} was trained otherwise: {'; '.join(changed)}. Change that back, choose another "
-            "folder with --run, or train anew with --fresh"
+            "folder with --run, or train anew with --fresh (make: FRESH=1)"
         )
     return stored
 
