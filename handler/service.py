@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from handler.decoding import Engine, Event
+from handler.decoding import Engine, Event, Result
 from handler.decoding.options import DecodingOptions
 from handler.request import JSON, TEXT, Refusal, TranslationRequest, parse, place
 from handler.tokenizer import Tokenizer
@@ -145,7 +145,10 @@ class Service:
         sources = [self.tokens(i, request) for i in range(len(request.texts))]
         pending = Pending(request)
         for tokens in sources:
-            sentence = self.engine.admit(tokens, request.options) if tokens else None
+            try:
+                sentence = self.engine.admit(tokens, request.options) if tokens else None
+            except ValueError as error:  # of the options, so of the first sentence or of none
+                raise Refusal(400, "InvalidOption", str(error)) from None
             pending.sentences.append(sentence)
             pending.source_tokens += len(tokens)
             if sentence is not None:
@@ -199,18 +202,22 @@ class Service:
                 continue
             results = pending.ended[sentence].results
             target_tokens += sum(len(r.tokens) for r in results)
-            answers.append(
-                [
-                    {"text": self.target.decode(r.tokens), "finish_reason": r.finish_reason}
-                    for r in results
-                ]
-            )
+            answers.append([self.told(one, pending.request.options) for one in results])
         if pending.request.content_type == TEXT:
             lines = (one[0]["text"].replace("\n", " ") + "\n" for one in answers)
             return Reply(200, f"{TEXT}; charset=utf-8", "".join(lines))
         usage = {"source_tokens": pending.source_tokens, "target_tokens": target_tokens}
         body = {"translations": answers, "model": self.model, "usage": usage}
         return Reply(200, JSON, json.dumps(body, ensure_ascii=False))
+
+    def told(self, result: Result, options: DecodingOptions) -> dict[str, Any]:
+        """One hypothesis as its client asked to see it."""
+        told: dict[str, Any] = {"text": self.target.decode(result.tokens)}
+        if options.return_scores:
+            told["score"] = round(result.score, 4)
+        if options.return_tokens:
+            told["tokens"] = self.target.pieces(result.tokens)
+        return {**told, "finish_reason": result.finish_reason}
 
     def forget(self, pending: Pending) -> None:
         """A client is gone: free what it held."""
@@ -221,7 +228,7 @@ class Service:
     def warm_up(self) -> None:
         """Decode a little, so that the first client does not pay for lazy initialisation."""
         for length in (1, min(32, self.engine.model.max_source_length)):
-            self.engine.admit([self.engine.model.eos_id] * length, DecodingOptions(4))
+            self.engine.admit([self.engine.model.eos_id] * length, DecodingOptions(max_length=4))
         while not self.engine.idle:
             self.engine.advance()
 

@@ -34,7 +34,7 @@ def refusal(content_type, body) -> Refusal:
     [
         ({"text": "a"}, ["a"], PLAIN),
         ({"text": ["a", " b "]}, ["a", " b "], PLAIN),
-        ({"text": "a", "max_length": 3}, ["a"], DecodingOptions(3)),
+        ({"text": "a", "max_length": 3}, ["a"], DecodingOptions(max_length=3)),
         ({"text": "a", "max_length": None}, ["a"], PLAIN),
         ({"text": "a\nb\0\U0010ffff"}, ["a\nb\0\U0010ffff"], PLAIN),
     ],
@@ -60,7 +60,7 @@ def test_json_is_read_decoded_or_not(given, texts, options):
         (
             {"text": "a", "max_lenght": 2},
             "InvalidOption",
-            "max_lenght: unknown option; did you mean 'max_length'? allowed: max_length",
+            "max_lenght: unknown option; did you mean 'max_length'? allowed: beam_size",
         ),
         ({"text": "a", "\ud800\n": 2}, "InvalidOption", r"'\ud800\n': unknown option"),
         ({"text": "a", "k" * 10**5: 2}, "InvalidOption", "(100002 characters): unknown option"),

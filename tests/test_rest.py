@@ -148,7 +148,8 @@ def offline(toy, lines, length=None, eager=False) -> list[str]:
         network, _ = best_network(toy.recipe, toy.run)
         model = ServingModel(network, model.max_source_length, model.max_target_length)
     source, target = tokenizers(toy.run)
-    return list(translations(model, source, target, iter(lines), DecodingOptions(length), CPU))
+    asked = DecodingOptions(max_length=length)
+    return list(translations(model, source, target, iter(lines), asked, CPU))
 
 
 def spoken(count: int, seed: int = 7) -> list[str]:
@@ -331,6 +332,49 @@ def test_any_unicode_is_translated_or_refused(server, text):
         assert reply.error == (400, "EmptyText") or reply.error == (413, "TextTooLong")
     else:
         assert len(reply.texts) == 1
+
+
+def test_requests_with_different_options_share_the_server(server):
+    """Greedy, beams and sampling at once; each answer is what it is alone."""
+    bodies = [
+        {"text": "271828", "beam_size": 4, "n_best": 3, "length_penalty": 1.0},
+        {"text": ["3141", "999"]},
+        {"text": "161803", "sampling": True, "seed": 5, "temperature": 2.0, "max_length": 9},
+        {"text": "27182", "beam_size": 2, "return_scores": True, "return_tokens": True},
+    ]
+
+    def answer(body):
+        return json.loads(call(server, body=json.dumps(body).encode(), headers=JSON).body)
+
+    alone = [answer(body)["translations"] for body in bodies]
+    assert [len(one) for one in alone[0]] == [3]
+    assert alone[0][0][0]["text"] == "828172"
+    assert alone[3][0][0]["score"] <= 0
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(answer, bodies * 8))
+    for i, one in enumerate(together):
+        for mine, expected in zip(one["translations"], alone[i % 4]):
+            assert [each["text"] for each in mine] == [each["text"] for each in expected]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"beam_size": 65}, "beam_size"),
+        ({"beam_size": 2.0}, "beam_size"),
+        ({"n_best": 2}, "n_best"),
+        ({"min_length": 9, "max_length": 3}, "min_length"),
+        ({"min_length": 1000}, "min_length"),
+        ({"sampling": True, "beam_size": 2}, "sampling"),
+        ({"top_p": 0}, "top_p"),
+        ({"seed": 3}, "seed"),
+        ({"length_penalty_form": "other"}, "length_penalty_form"),
+    ],
+)
+def test_options_out_of_range_or_contradictory_are_refused(server, options, named):
+    reply = call(server, body=json.dumps({"text": "12", **options}).encode(), headers=JSON)
+    assert reply.error == (400, "InvalidOption")
+    assert named in json.loads(reply.body)["message"]
 
 
 def test_what_is_larger_than_any_request_is_refused_by_torchserve(server):

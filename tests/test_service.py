@@ -54,7 +54,7 @@ class Echo(TableModel):
         logits, state = super().step(previous, state, memory)
         for row, letter in enumerate(state[0][:, 0].tolist()):
             if letter != self.poison:
-                logits[row, 0, int(letter)] = 0.0
+                logits.view(-1, logits.size(2))[row, int(letter)] = 0.0
         return logits, state
 
 
@@ -157,6 +157,27 @@ def test_requests_that_vanish_free_their_rows():
     assert left_nothing(one)
     one.round([ask(3, ["a", "b", "c"], 19)])
     assert one.round([]) == []
+    assert left_nothing(one)
+
+
+def test_hypotheses_scores_and_tokens_are_told_when_asked_for():
+    one = service(rows=6)
+    asked = ask(1, ["a", "b"], 2, beam_size=3, n_best=2, return_scores=True, return_tokens=True)
+    first, second = json.loads(answers(one, [asked])["1"].body)["translations"]
+    for letter, hypotheses in (("a", first), ("b", second)):
+        assert [sorted(each) for each in hypotheses] == [
+            ["finish_reason", "score", "text", "tokens"]
+        ] * 2
+        assert hypotheses[0]["tokens"] == [letter, letter]
+        assert hypotheses[0]["score"] >= hypotheses[1]["score"]
+    assert left_nothing(one)
+
+
+def test_a_beam_wider_than_the_service_is_refused_alone():
+    one = service(rows=4)
+    got = answers(one, [ask("wide", ["a", "b"], beam_size=5), ask("good", "c", beam_size=4)])
+    assert error(got["wide"]) == (400, "InvalidOption")
+    assert texts(got["good"]) == ["cc"]
     assert left_nothing(one)
 
 

@@ -4,10 +4,11 @@ Offline evaluation, the command line and the server all decode with this one eng
 `engine.py`.
 """
 
-from handler.decoding.engine import Engine, Event, Result
+from handler.decoding.engine import Engine
 from handler.decoding.model import SequenceModel, SourceLengthError
 from handler.decoding.offline import decode_in_order
 from handler.decoding.options import DecodingOptions
+from handler.decoding.sentence import Event, Result
 
 __all__ = [
     "DecodingOptions",

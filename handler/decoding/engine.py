@@ -1,61 +1,38 @@
 """Continuous batching of a recurrent decoder.
 
 A hypothesis of a recurrent model is one row of state of a fixed size. The engine keeps the rows of
-all live sentences in one dense table and advances them together; a sentence that ends frees its
-row at once, and the next one waiting takes it. No row is computed after its sentence has ended,
-and none depends on its neighbours: every operation on rows is row by row.
+all live sentences dense and advances them together; a sentence that ends frees its rows at once,
+and the next one waiting takes them. No row is computed after its sentence has ended, and none
+depends on its neighbours: every operation on rows is row by row.
 """
 
 import itertools
 import logging
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from handler.decoding.lane import Lane
 from handler.decoding.model import SequenceModel, SourceLengthError, encode_batch
 from handler.decoding.options import DecodingOptions
-from handler.decoding.rows import Rows
+from handler.decoding.sentence import Event, Sentence
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished hypothesis: target ids without BOS and EOS, and why it ended."""
-
-    tokens: list[int]
-    finish_reason: Literal["eos", "length"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """A sentence ended: with hypotheses, best first, or with an error that is its alone."""
-
-    sentence: int
-    results: list[Result]
-    error: str | None = None
-
-
-@dataclass
-class Sentence:
-    """One admitted sentence."""
-
-    id: int
-    source: list[int]
-    max_length: int
-    tokens: list[int]
 
 
 class Engine:
     """Decodes sentences that come and go.
 
+    Sentences with equally many hypotheses advance together, in a lane. Every sentence begins in
+    the lane of width 1, as all hypotheses of a beam are the same before its first step; a beam
+    then moves to the lane of its width.
+
     Args:
         model: see `SequenceModel`.
-        rows: most hypotheses that are live at once; further sentences wait in order of arrival.
-            Memory is bounded by rows * (state + longest source * attention memory).
+        rows: most hypotheses that are live at once; further sentences wait in order of arrival, a
+            wide beam until all its rows are free. Memory is bounded by rows * (state + longest
+            source * attention memory).
         device: where the model is.
 
     Not thread-safe: one thread calls it.
@@ -69,9 +46,7 @@ class Engine:
         self.device = device
         self.ids = itertools.count()
         self.waiting: deque[Sentence] = deque()
-        self.live: list[Sentence] = []  # sentence of each row
-        self.state = Rows()
-        self.attended = Rows(padded=True)
+        self.lanes: dict[int, Lane] = {}  # by width
         self.memory: Any = None  # of the model's own type; holds no tensors between steps
         self.never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
 
@@ -86,33 +61,45 @@ class Engine:
 
         Raises:
             SourceLengthError: a source that is empty or longer than the model reads.
+            ValueError: options that this engine or model cannot fulfil.
         """
-        limit = self.model.max_source_length
+        limit, longest = self.model.max_source_length, self.model.max_target_length
         if not 1 <= len(source) <= limit:
             raise SourceLengthError(
                 f"{len(source)} tokens; the model reads from 1 to {limit}, its end mark included"
             )
-        longest = self.model.max_target_length
+        if options.beam_size > self.capacity:
+            raise ValueError(
+                f"beam_size: got {options.beam_size}; allowed here: at most {self.capacity}"
+            )
+        if options.min_length > longest:
+            raise ValueError(
+                f"min_length: got {options.min_length}; allowed by this model: at most {longest}"
+            )
         asked = options.max_length if options.max_length is not None else 3 * len(source) + 10
-        sentence = Sentence(next(self.ids), source, min(asked, longest), [])
+        most = min(max(asked, options.min_length), longest)
+        sentence = Sentence(next(self.ids), source, options, most)
         self.waiting.append(sentence)
         return sentence.id
 
+    @torch.inference_mode()
     def cancel(self, sentence: int) -> None:
-        """Forget a sentence and free its row; unknown and finished ones are ignored."""
-        for row, one in enumerate(self.live):
-            if one.id == sentence:
-                self.free(row)
-                return
+        """Forget a sentence and free its rows; unknown and finished ones are ignored."""
+        for lane in self.lanes.values():
+            for i, one in enumerate(lane.sentences):
+                if one.id == sentence:
+                    lane.remove(i)
+                    return
         self.waiting = deque(one for one in self.waiting if one.id != sentence)
 
     @property
     def rows_in_use(self) -> int:
-        return len(self.live)
+        """Rows that live sentences hold, those a beam is about to need included."""
+        return sum(s.options.beam_size for lane in self.lanes.values() for s in lane.sentences)
 
     @property
     def idle(self) -> bool:
-        return not self.live and not self.waiting
+        return not self.waiting and not any(lane.sentences for lane in self.lanes.values())
 
     @torch.inference_mode()
     def advance(self, steps: int = 1) -> list[Event]:
@@ -124,74 +111,66 @@ class Engine:
         events: list[Event] = []
         for _ in range(steps):
             events += self.fill()
-            if not self.live:
+            # Widest first, so that a beam that leaves the lane of width 1 goes one step, not two.
+            for width in sorted(self.lanes, reverse=True):
+                lane = self.lanes[width]
+                if not lane.sentences:
+                    del self.lanes[width]
+                    continue
+                try:
+                    events += self.step(lane)
+                except RuntimeError as error:
+                    logger.exception("a decoding step failed")
+                    events += [failed(one, error) for one in lane.sentences]
+                    del self.lanes[width]
+            if self.idle:
                 break
-            try:
-                events += self.step()
-            except RuntimeError as error:
-                logger.exception("a decoding step failed")
-                events += [failed(one, error) for one in self.live]
-                while self.live:
-                    self.free(0)
         return events
 
     def fill(self) -> list[Event]:
         """Encode waiting sentences into free rows, first come, first served."""
-        free = min(self.capacity - len(self.live), len(self.waiting))
-        if not free:
+        free = self.capacity - self.rows_in_use
+        new: list[Sentence] = []
+        while self.waiting and self.waiting[0].options.beam_size <= free:
+            new.append(self.waiting.popleft())
+            free -= new[-1].options.beam_size
+        if not new:
             return []
-        new = [self.waiting.popleft() for _ in range(free)]
         try:
             memory, state = encode_batch(self.model, [one.source for one in new], self.device)
-            self.attended.append(len(new), memory.attended)
-            self.state.append(len(new), state)
+            first = [t.unsqueeze(1) for t in state]  # [N, 1, ...]
+            self.lanes.setdefault(1, Lane(1)).add(new, first, memory.attended)
         except RuntimeError as error:
             logger.exception("encoding failed")
-            for table in (self.attended, self.state):
-                table.cut(len(self.live))
             return [failed(one, error) for one in new]
         self.memory = memory._replace(attended=[], initial=[])
-        self.live += new
         return []
 
-    def step(self) -> list[Event]:
-        """One token for every row."""
-        longest = max(len(one.source) for one in self.live)
-        last = [one.tokens[-1] if one.tokens else self.model.bos_id for one in self.live]
-        previous = torch.tensor(last, device=self.device).unsqueeze(1)  # [N, 1]
-        memory = self.memory._replace(attended=self.attended.live(longest))
-        logits, state = self.model.step(previous, self.state.live(), memory)
-        self.state.replace(state)
-        best, tokens = self.greedy(logits.squeeze(1))
+    def step(self, lane: Lane) -> list[Event]:
+        """One token for every row of a lane."""
         events = []
-        for row in reversed(range(len(self.live))):  # from the end: freeing a row moves the last
-            one, token = self.live[row], tokens[row]
-            if not best[row]:
-                events.append(Event(one.id, [], "the model gave no finite probability"))
-            elif token == self.model.eos_id:
-                events.append(Event(one.id, [Result(one.tokens, "eos")]))
+        parents = lane.step(self.model, self.memory, self.never)
+        for i in reversed(range(len(lane.sentences))):  # removing one moves the last
+            one = lane.sentences[i]
+            if one.ended:
+                events.append(one.event())
+            elif len(one.live) != lane.width:
+                self.widen(lane, i, parents[i])
             else:
-                one.tokens.append(token)
-                if len(one.tokens) < one.max_length:
-                    continue
-                events.append(Event(one.id, [Result(one.tokens, "length")]))
-            self.free(row)
+                continue
+            lane.remove(i)
+            parents[i] = parents[-1]
+            parents.pop()
+        lane.reorder(parents)
         return events[::-1]
 
-    def greedy(self, logits: Tensor) -> tuple[list[bool], list[int]]:
-        """logits [N, V] -> whether each row's best is finite, and its token."""
-        logits.index_fill_(1, self.never, float("-inf"))
-        values, tokens = logits.max(1)  # NaN, where there is one, is the maximum
-        return torch.isfinite(values).tolist(), tokens.tolist()
-
-    @torch.inference_mode()
-    def free(self, row: int) -> None:
-        """Take one sentence out of the table; the last row moves into its place."""
-        self.state.remove(row)
-        self.attended.remove(row)
-        last = self.live.pop()
-        if row < len(self.live):
-            self.live[row] = last
+    def widen(self, lane: Lane, i: int, parents: list[int]) -> None:
+        """Copy sentence `i` into the lane of as many hypotheses as it has now."""
+        one = lane.sentences[i]
+        width = len(one.live)
+        state = [t[i : i + 1, parents] for t in lane.state.live()]  # [1, width, ...]
+        attended = [t[i : i + 1, : len(one.source)] for t in lane.attended.live()]
+        self.lanes.setdefault(width, Lane(width)).add([one], state, attended)
 
 
 def failed(sentence: Sentence, error: Exception) -> Event:

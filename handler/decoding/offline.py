@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-from handler.decoding.engine import Engine, Event
+from handler.decoding.engine import Engine
 from handler.decoding.options import DecodingOptions
+from handler.decoding.sentence import Event
 
 
 def decode_in_order(

@@ -1,0 +1,91 @@
+"""The live sentences that have equally many hypotheses, and their rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handler.decoding.model import SequenceModel
+from handler.decoding.rows import Rows
+from handler.decoding.selection import NEVER, candidates
+from handler.decoding.sentence import Sentence
+
+
+class Lane:
+    """N sentences of K hypotheses each, kept dense; one step of the model advances them all.
+
+    State is kept as [N, K, ...], so that a sentence comes and goes with all its rows.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.sentences: list[Sentence] = []
+        self.state = Rows()
+        self.attended = Rows(padded=True)
+
+    def add(self, sentences: list[Sentence], state: list[Tensor], attended: list[Tensor]) -> None:
+        """Take in sentences: state [new, K, ...], attended memory [new, S, ...].
+
+        On failure nothing is taken in.
+        """
+        before = len(self.sentences)
+        try:
+            self.state.append(len(sentences), state)
+            self.attended.append(len(sentences), attended)
+        except RuntimeError:
+            self.state.cut(before)
+            self.attended.cut(before)
+            raise
+        self.sentences += sentences
+
+    def remove(self, i: int) -> None:
+        """Take one sentence out; the last one moves into its place."""
+        self.state.remove(i)
+        self.attended.remove(i)
+        last = self.sentences.pop()
+        if i < len(self.sentences):
+            self.sentences[i] = last
+
+    def step(self, model: SequenceModel, memory: Any, never: Tensor) -> list[list[int]]:
+        """One token for every row.
+
+        Args:
+            memory: an empty memory of the model's own type.
+            never: ids that no text has.
+
+        Returns:
+            For each sentence the parents of its new hypotheses, none where it ended. The state is
+            not yet in their order: see `reorder`.
+        """
+        longest = max(len(one.source) for one in self.sentences)
+        last = [
+            [h.tokens[-1] if h.tokens else model.bos_id for h in one.live]
+            for one in self.sentences
+        ]
+        previous = torch.tensor(last, device=never.device)  # [N, K]
+        memory = memory._replace(attended=self.attended.live(longest))
+        flat = [t.flatten(0, 1) for t in self.state.live()]  # [N*K, ...]
+        logits, flat = model.step(previous, flat, memory)
+        shape = previous.shape
+        self.state.replace([t.view(*shape, *t.shape[1:]) for t in flat])
+        sound = torch.isfinite(logits.amax((1, 2))).tolist()  # NaN, where there is one, is greatest
+        logits.index_fill_(2, never, NEVER)
+        parents = []
+        chosen = candidates(logits, self.sentences, model.eos_id)
+        for one, fine, best in zip(self.sentences, sound, chosen):
+            if fine:
+                parents.append(one.take(best, model.eos_id))
+            else:
+                one.live, one.error = [], "the model gave no finite probability"
+                parents.append([])
+        return parents
+
+    def reorder(self, parents: list[list[int]]) -> None:
+        """Put each sentence's rows into the order of its hypotheses, where that has changed."""
+        same = list(range(self.width))
+        moved = [i for i, one in enumerate(parents) if one and one != same]
+        if not moved:
+            return
+        for t in self.state.tensors:
+            for i in moved:
+                t[i] = t[i][parents[i]]
