@@ -264,6 +264,27 @@ def test_a_beam_escapes_the_garden_path():
     assert event.results[0].score == pytest.approx(math.log(0.4), abs=1e-4)
 
 
+def test_greedy_search_ends_where_the_end_is_likeliest():
+    """Whatever a length penalty would make of going on."""
+    model = TableModel({2: {A: 1.0}, A: {EOS: 0.6, B: 0.4}, B: {B: 1.0}})
+    one = DecodingOptions(length_penalty=2.0, max_length=9)
+    (event,) = decode(Engine(model, rows=1), [[9, EOS]], one)
+    assert event.results[0].tokens == [A]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [DecodingOptions(), DecodingOptions(beam_size=3), DecodingOptions(sampling=True, seed=1)],
+)
+def test_any_search_reports_what_is_not_finite(value, options):
+    model = TableModel({2: {A: 0.6, B: 0.4}, A: {A: 1.0}, B: {B: 1.0}})
+    model.logits[B, 9] = model.logits[A, 9] = value
+    (event,) = decode(Engine(model, rows=3), [[9, EOS]], options)
+    assert not event.results
+    assert "finite" in event.error
+
+
 def test_a_beam_stops_as_soon_as_nothing_can_win():
     """After two steps B EOS has 0.4 and the live A ... at most 0.6 * 0.4: it stops there."""
     model = TableModel(GARDEN_PATH)

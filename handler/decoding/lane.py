@@ -68,17 +68,9 @@ class Lane:
         logits, flat = model.step(previous, flat, memory)
         shape = previous.shape
         self.state.replace([t.view(*shape, *t.shape[1:]) for t in flat])
-        sound = torch.isfinite(logits.amax((1, 2))).tolist()  # NaN, where there is one, is greatest
         logits.index_fill_(2, never, NEVER)
-        parents = []
         chosen = candidates(logits, self.sentences, model.eos_id)
-        for one, fine, best in zip(self.sentences, sound, chosen):
-            if fine:
-                parents.append(one.take(best, model.eos_id))
-            else:
-                one.live, one.error = [], "the model gave no finite probability"
-                parents.append([])
-        return parents
+        return [one.take(best, model.eos_id) for one, best in zip(self.sentences, chosen)]
 
     def reorder(self, parents: list[list[int]]) -> None:
         """Put each sentence's rows into the order of its hypotheses, where that has changed."""

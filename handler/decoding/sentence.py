@@ -1,5 +1,6 @@
 """A sentence that is being decoded, and its hypotheses."""
 
+import math
 import random
 from dataclasses import dataclass, field
 from typing import Literal
@@ -69,6 +70,9 @@ class Sentence:
         Returns:
             The parent of each new live hypothesis; none when the sentence has ended.
         """
+        if math.isnan(candidates[0][0]):
+            self.live, self.error = [], "the model gave no finite probability"
+            return []
         width = self.options.beam_size
         live: list[Hypothesis] = []
         parents: list[int] = []
