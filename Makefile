@@ -32,17 +32,19 @@ help:  ## list the verbs
 setup: $(READY)  ## make .venv with everything pinned in pyproject.toml (TORCH=cuda for GPUs)
 
 # The CPU build of torch comes from wherever pip is pointed, or from PyTorch's own index, which uv
-# knows by name. Only where neither has one is it the default build.
+# knows by name. Only where neither has one is it the default build. Going from one build to the
+# other takes the first one out: to pip they are the same version.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/ready-*
+	@echo "installing torch $(TORCH_VERSION) ($(TORCH) build)"
 ifeq ($(TORCH),cpu)
-	@echo "installing torch $(TORCH_VERSION) (CPU build)"
 	@$(BIN)/pip install -q torch==$(TORCH_VERSION)+cpu 2>/dev/null \
 	|| { $(BIN)/pip install -q uv==0.13.9 && \
 	     $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu torch==$(TORCH_VERSION) 2>/dev/null; } \
 	|| $(BIN)/pip install -q torch==$(TORCH_VERSION)
 else
-	$(BIN)/pip install -q torch==$(TORCH_VERSION)
+	@$(BIN)/pip uninstall -q -y torch 2>/dev/null; $(BIN)/pip install -q torch==$(TORCH_VERSION)
 endif
 	@echo "installing the rest"
 	@$(BIN)/pip install -q -e '.[dev]'

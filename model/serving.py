@@ -55,18 +55,6 @@ class ServingModel(nn.Module):
         special: ids of the special tokens.
     """
 
-    format_version: int
-    pad_id: int
-    unk_id: int
-    bos_id: int
-    eos_id: int
-    source_vocabulary: int
-    target_vocabulary: int
-    max_source_length: int
-    max_target_length: int
-    has_attention: bool
-    card: str
-
     def __init__(
         self,
         network: Network,
@@ -148,18 +136,6 @@ class Ensemble(nn.Module):
     Raises:
         ValueError: no members, or members whose vocabularies differ.
     """
-
-    format_version: int
-    pad_id: int
-    unk_id: int
-    bos_id: int
-    eos_id: int
-    source_vocabulary: int
-    target_vocabulary: int
-    max_source_length: int
-    max_target_length: int
-    has_attention: bool
-    card: str
 
     def __init__(self, members: list[ServingModel], card: str = "{}") -> None:
         super().__init__()
