@@ -50,6 +50,9 @@ endif
 	@$(BIN)/pip install -q -e '.[dev]'
 	@touch $@
 
+$(RECIPE):
+	@echo "RECIPE: $@ does not exist; there are: $(wildcard recipes/*.yaml)" >&2; exit 1
+
 prepare: $(RUN)/data/report.json  ## clean the text, train the tokenizers
 $(RUN)/data/report.json: $(RECIPE) | $(READY)
 	$(TRAINING) prepare $(OPTIONS)
