@@ -39,7 +39,9 @@ def serving(name: str, seed: int = 0) -> tuple[Network, ServingModel]:
     network = Network(KINDS[name], VOCABULARY, VOCABULARY)
     for parameter in network.parameters():  # far from zero, so that differences show
         parameter.data.mul_(3)
-    return network.eval(), ServingModel(network, 50, 50, '{"name": "test"}')
+    # In double precision, or rounding that such weights magnify would pass for a broken law.
+    network = network.double().eval()
+    return network, ServingModel(network, 50, 50, '{"name": "test"}')
 
 
 def sentences(seed: int, n: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,7 +95,7 @@ def test_steps_equal_teacher_forcing(name, seed, n, longest):
         whole = network(source, source_lengths, target, target_lengths)
         steps = run_steps(model, source, source_lengths, target.t().unsqueeze(2))
     for i, length in enumerate(target_lengths):
-        torch.testing.assert_close(whole[i, :length], steps[:length, i, 0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(whole[i, :length], steps[:length, i, 0])
 
 
 def test_a_sentence_does_not_depend_on_its_neighbours(both_forms):
@@ -105,7 +107,7 @@ def test_a_sentence_does_not_depend_on_its_neighbours(both_forms):
             alone = run_steps(
                 model, source[i : i + 1, : lengths[i]], lengths[i : i + 1], choices[:, i : i + 1]
             )
-            torch.testing.assert_close(together[:, i], alone[:, 0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(together[:, i], alone[:, 0])
 
 
 def test_state_rows_can_be_selected_and_reordered(both_forms):
@@ -119,7 +121,7 @@ def test_state_rows_can_be_selected_and_reordered(both_forms):
     some, _ = model.step(previous, [rows[order] for rows in state], picked)
     both = torch.tensor([[5], [9], [4], [9]])
     every, _ = model.step(both, state, memory)
-    torch.testing.assert_close(some, every[order], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(some, every[order])
 
 
 def test_saved_and_loaded_model_is_the_same(both_forms, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +276,7 @@ def test_a_killed_run_goes_on(straight: dict[str, Tiny], tiny: Tiny) -> None:
     assert checkpoint.load(tiny.run.last)["progress"]["step"] == 15
     with tiny.run.metrics.open("a") as file:
         file.write('{"step": 20, "los')  # a line cut off
+    time.sleep(1.1)  # TensorBoard orders its files by the second in which they were begun
     tiny.train()
     assert_same_run(tiny.run, straight["attention"].run)
     assert board(tiny.run).keys() == board(straight["attention"].run).keys()
