@@ -96,7 +96,7 @@ lint: | $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: | $(READY)  ## every test, end to end included (about 10 minutes on 2 cores)
+test: | $(READY)  ## every test, end to end included (four minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 bench: mar  ## measure the served model: requests a second and latency
