@@ -11,6 +11,7 @@ from table_model import A, B, C, TableModel
 from test_model import KINDS, VOCABULARY, serving
 
 from handler.decoding import DecodingOptions, Engine, SourceLengthError, decode_in_order
+from handler.decoding.lane import Lane
 from handler.decoding.model import load
 from handler.decoding.rows import Rows
 from model import Ensemble
@@ -96,6 +97,27 @@ def test_a_failing_model_ends_its_sentences_and_leaves_the_engine_usable(monkeyp
             assert all("RuntimeError" in e.error for e in events)
             assert engine.idle
     assert decode(engine, [[9, EOS]])[0].results[0].tokens == [A]
+
+
+def test_a_beam_that_finds_no_room_loses_nobody_elses_answer(monkeypatch):
+    """The last sentence ends in the very step in which the first one cannot be widened."""
+    model = TableModel({2: {A: 0.6, B: 0.4}, A: {A: 1.0}, B: {A: 1.0}})
+    engine = Engine(model, rows=4)
+    add = Lane.add
+
+    def full(lane, *arguments):
+        if lane.width == 3:
+            raise RuntimeError("out of memory")
+        add(lane, *arguments)
+
+    monkeypatch.setattr(Lane, "add", full)
+    wide = engine.admit([9, EOS], DecodingOptions(beam_size=3, max_length=5))
+    short = engine.admit([9, EOS], DecodingOptions(max_length=1))
+    events = {event.sentence: event for event in engine.advance()}
+    assert events[short].results[0].tokens == [A]
+    assert "RuntimeError" in events[wide].error
+    assert engine.idle
+    assert engine.rows_in_use == 0
 
 
 @pytest.mark.parametrize("source", [[], [9] * 9])

@@ -118,7 +118,7 @@ class Engine:
                     del self.lanes[width]
                     continue
                 try:
-                    events += self.step(lane)
+                    self.step(lane, events)
                 except RuntimeError as error:
                     logger.exception("a decoding step failed")
                     events += [failed(one, error) for one in lane.sentences]
@@ -146,14 +146,18 @@ class Engine:
         self.memory = memory._replace(attended=[], initial=[])
         return []
 
-    def step(self, lane: Lane) -> list[Event]:
-        """One token for every row of a lane."""
-        events = []
+    def step(self, lane: Lane, events: list[Event]) -> None:
+        """One token for every row of a lane.
+
+        What ends is told in `events` as it leaves the lane, so that a failure on the way loses
+        nothing: a sentence is either there or still in the lane.
+        """
+        first = len(events)
         parents = lane.step(self.model, self.memory, self.never)
         for i in reversed(range(len(lane.sentences))):  # removing one moves the last
             one = lane.sentences[i]
             if one.ended:
-                events.append(one.event())
+                events.insert(first, one.event())
             elif len(one.live) != lane.width:
                 self.widen(lane, i, parents[i])
             else:
@@ -162,7 +166,6 @@ class Engine:
             parents[i] = parents[-1]
             parents.pop()
         lane.reorder(parents)
-        return events[::-1]
 
     def widen(self, lane: Lane, i: int, parents: list[int]) -> None:
         """Copy sentence `i` into the lane of as many hypotheses as it has now."""

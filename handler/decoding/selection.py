@@ -23,11 +23,13 @@ def candidates(
         first is NaN where the model's own probabilities are not finite.
     """
     for i, sentence in enumerate(sentences):
-        penalise_repetition(logits[i], sentence)
+        if sentence.options.repetition_penalty != 1.0:
+            penalise_repetition(logits[i], sentence)
     # The normaliser once a row, instead of a log-softmax over V.
     normaliser = logits.logsumexp(2, keepdim=True)  # [N, K, 1]
     for i, sentence in enumerate(sentences):
-        forbid(logits[i], sentence, eos)
+        if sentence.options.min_length or sentence.options.no_repeat_ngram_size:
+            forbid(logits[i], sentence, eos)
     counts = [considered(sentence) for sentence in sentences]
     most = max(counts)
     # Two stages: the best of each row, then the best of the sentence among those. NaN is greatest.
@@ -60,8 +62,6 @@ def considered(sentence: Sentence) -> int:
 def penalise_repetition(logits: Tensor, sentence: Sentence) -> None:
     """arXiv 1909.05858, section 4.1; logits [K, V] of one sentence."""
     penalty = sentence.options.repetition_penalty
-    if penalty == 1.0:
-        return
     for row, one in zip(logits, sentence.live):
         if one.tokens:
             seen = torch.tensor(sorted(set(one.tokens)), device=logits.device)
