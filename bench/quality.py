@@ -29,13 +29,10 @@ def main() -> None:
     parser.add_argument("options", type=json.loads, nargs="*", help="JSON objects")
     arguments = parser.parse_args()
     texts, references = list(lines(arguments.source)), list(lines(arguments.target))
-    options = ServerOptions(
-        model_store=arguments.store, port=0, management_port=0, metrics_port=0
-    )
     print(f"{described()}; `{' '.join(['python -m bench.quality', *sys.argv[1:]])}`\n")
     print("| options | BLEU | chrF | sentences/s | signature |")
     print("|---|---|---|---|---|")
-    with TorchServe(options) as server:
+    with TorchServe(ServerOptions.on_free_ports(arguments.store)) as server:
         for asked in [{}, *arguments.options]:
             started = time.perf_counter()
             hypotheses = served(server.url, texts, asked)

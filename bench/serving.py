@@ -48,10 +48,7 @@ def main() -> None:
     median = statistics.median(alone)
     print(f"| decoding alone | | {1000 / statistics.mean(alone):.0f} | {median:.2f} "
           f"| {percentile(alone, 99):.2f} | 1.0 |")
-    options = ServerOptions(
-        model_store=arguments.store, port=0, management_port=0, metrics_port=0
-    )
-    with TorchServe(options) as server:
+    with TorchServe(ServerOptions.on_free_ports(arguments.store)) as server:
         load_clients(server.url, texts, 4, WARM_UP)
         for clients in arguments.clients:
             rounds = [

@@ -33,8 +33,7 @@ def demonstrate(store: Path, source: Path, target: Path, count: int) -> None:
     """Raises ServerError where the server does not start or does not answer."""
     texts, expected = (first_lines(path, count) for path in (source, target))
     print(f"starting TorchServe with {store} ...", flush=True)
-    options = ServerOptions(model_store=store, port=0, management_port=0, metrics_port=0)
-    with TorchServe(options) as server:
+    with TorchServe(ServerOptions.on_free_ports(store)) as server:
         body = json.dumps({"text": texts[:1]}, ensure_ascii=False)
         url = f"{server.url}/predictions/{MODEL}"
         print(f"curl {url} -H 'Content-Type: application/json' -d '{body}'")

@@ -32,6 +32,11 @@ class ServerOptions:
     # Seconds from start() to a loaded model.
     startup_timeout: float = 300.0
 
+    @classmethod
+    def on_free_ports(cls, model_store: Path) -> ServerOptions:
+        """A server beside whatever else runs on this machine."""
+        return cls(model_store, port=0, management_port=0, metrics_port=0)
+
     def __post_init__(self) -> None:
         if not self.models:
             raise ServerError("models is empty: allowed is at least one NAME=FILE")

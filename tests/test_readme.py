@@ -40,8 +40,7 @@ def tools(tmp_path: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def server(toy: Toy):
-    options = ServerOptions(model_store=toy.store, port=0, management_port=0, metrics_port=0)
-    with TorchServe(options) as running:
+    with TorchServe(ServerOptions.on_free_ports(toy.store)) as running:
         yield running
 
 
