@@ -43,10 +43,12 @@ def main() -> None:
 
 
 def served(url: str, texts: list[str], options: dict[str, Any]) -> list[str]:
-    """The best translation of each text, in requests of several."""
+    """The best translation of each text, in requests of several; each text is one sentence, as it
+    is in evaluation."""
     found: list[str] = []
     for first in range(0, len(texts), PER_REQUEST):
-        answer = translate(url, texts[first : first + PER_REQUEST], options)
+        part = texts[first : first + PER_REQUEST]
+        answer = translate(url, part, {"split": False, **options})
         found += [hypotheses[0]["text"] for hypotheses in answer["translations"]]
     return found
 

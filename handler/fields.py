@@ -1,8 +1,8 @@
 """Reads a frozen dataclass of options from a mapping that came from outside.
 
 The dataclass is the one statement of what is allowed: types from its annotations, limits from
-each field's metadata (`minimum`, `above`, `maximum`). Recipes and REST requests are both read
-here, so both answer mistakes in the same words.
+each field's metadata (`minimum`, `above`, `maximum` of numbers, `longest` of strings). Recipes and
+REST requests are both read here, so both answer mistakes in the same words.
 """
 
 import dataclasses
@@ -83,6 +83,8 @@ def value_of(
             raise wrong from None
     if type(given) is not hint:  # bool is an int, but True is no number here
         raise wrong
+    if isinstance(given, str) and len(given) > limits.get("longest", len(given)):
+        raise wrong
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         if isinstance(given, float) and not math.isfinite(given):
             raise wrong
@@ -108,7 +110,8 @@ def allowed(hint: Any, limits: Mapping[str, Any]) -> str:
     if hint is bool:
         return "true or false"
     if hint is str:
-        return "a string"
+        longest = limits.get("longest")
+        return f"a string of at most {longest} characters" if longest else "a string"
     words = "an integer" if hint is int else "a number"
     low, above, high = (limits.get(k) for k in ("minimum", "above", "maximum"))
     if above is not None:

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from handler.decoding.options import DecodingOptions
+from handler.doors import DOORS, Door, Native, PlainText
 from handler.fields import FieldError, read, shown
 
 JSON = "application/json"
@@ -19,25 +20,43 @@ class Refusal(Exception):
         self.status = status
         self.kind = kind
 
-    def body(self) -> str:
+    def told(self) -> dict[str, object]:
         """`{"code", "type", "message"}`, the shape of every error."""
-        return json.dumps({"code": self.status, "type": self.kind, "message": str(self)})
+        return {"code": self.status, "type": self.kind, "message": str(self)}
+
+
+@dataclass(frozen=True)
+class RequestOptions(DecodingOptions):
+    """Options of one request, the same for all its texts.
+
+    prefix: what each translation begins with, in the target language; of a text of several
+        sentences the first. It counts towards max_length and the score.
+    split: translate paragraphs sentence by sentence and keep their line breaks. Without it each
+        text is one sentence.
+    stream: answer with server-sent events as tokens are decided.
+    return_tokens: tell each translation's pieces.
+    """
+
+    prefix: str | None = field(default=None, metadata={"longest": 4096})
+    split: bool = True
+    stream: bool = False
+    return_tokens: bool = False
 
 
 @dataclass(frozen=True)
 class TranslationRequest:
-    """What to translate. `content_type` is that of the answer too."""
+    """What to translate, and the door it came through, whose shape the answer has."""
 
     texts: list[str]
-    options: DecodingOptions
-    content_type: str
+    options: RequestOptions
+    door: Door
 
 
 def parse(content_type: str | None, body: object, most_texts: int) -> TranslationRequest:
     """The request in `body`.
 
-    `application/json` is `{"text": string or list of strings, <options>}`; `text/plain` is one
-    sentence a line, UTF-8, where a blank line is answered by a blank line.
+    `application/json` is `{"text": string or list of strings, <options>}`, or one of the shapes of
+    KServe; `text/plain` is one sentence a line, UTF-8, where a blank line is answered by one.
 
     Args:
         content_type: of the HTTP header; parameters after `;` are allowed. Without one it is
@@ -51,24 +70,12 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
     if kind in (JSON, TEXT) and (body is None or body in (b"", "")):
         raise Refusal(400, "InvalidRequest", f"the request has no body; send {JSON} or {TEXT}")
     if kind == JSON:
-        given = decoded_json(body) if isinstance(body, (bytes, bytearray)) else body
-        if not isinstance(given, Mapping):
-            raise Refusal(
-                400, "InvalidRequest",
-                f'the body: got {shown(given)}; allowed: an object such as {{"text": "..."}}',
-            )
-        options = {key: value for key, value in given.items() if key != "text"}
-        try:
-            request = TranslationRequest(
-                texts_of(given), read(DecodingOptions, options), content_type=JSON
-            )
-        except FieldError as error:
-            raise Refusal(400, "InvalidOption", str(error)) from None
+        request = from_json(decoded_json(body) if isinstance(body, (bytes, bytearray)) else body)
         check_texts(request.texts, blank=False)
     elif kind == TEXT:
         lines = decoded_text(body).removesuffix("\n").split("\n")
         texts = [line.removesuffix("\r") for line in lines]
-        request = TranslationRequest(texts, DecodingOptions(), content_type=TEXT)
+        request = TranslationRequest(texts, RequestOptions(), PlainText())
         check_texts(texts, blank=any(text.strip() for text in texts))
     else:
         raise Refusal(
@@ -80,6 +87,29 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
             413, "TooManyTexts",
             f"text: got {len(request.texts)} texts; allowed: at most {most_texts} in a request",
         )
+    return request
+
+
+def door_of(given: object) -> type[Door]:
+    """The door that a JSON body came through: TorchServe hides the path, so its shape tells."""
+    if isinstance(given, Mapping) and "text" not in given:
+        return next((one for one in DOORS if one.mark in given), Native)
+    return Native
+
+
+def from_json(given: object) -> TranslationRequest:
+    if not isinstance(given, Mapping):
+        raise Refusal(
+            400, "InvalidRequest",
+            f'the body: got {shown(given)}; allowed: an object such as {{"text": "..."}}',
+        )
+    try:
+        texts, options, door = door_of(given).enter(given)
+        request = TranslationRequest(texts, read(RequestOptions, options), door)
+        if request.options.stream and not door.streams:
+            raise FieldError("stream", "got true; allowed in this shape of request: false")
+    except FieldError as error:
+        raise Refusal(400, "InvalidOption", str(error)) from None
     return request
 
 
@@ -113,23 +143,6 @@ def decoded_text(body: object) -> str:
                 f"0x{body[error.start]:02x}; send UTF-8"
             ) from None
     raise Refusal(400, "InvalidText", f"the body: got {shown(body)}; allowed: text")
-
-
-def texts_of(given: Mapping[object, object]) -> list[str]:
-    """The field `text`, a string or a list of at least one, as a list."""
-    if "text" not in given:
-        raise FieldError("text", "missing; allowed: a string or a list of strings")
-    text = given["text"]
-    if isinstance(text, str):
-        return [text]
-    if not isinstance(text, list) or not text:
-        raise FieldError(
-            "text", f"got {shown(text)}; allowed: a string or a list of at least one string"
-        )
-    for i, one in enumerate(text):
-        if not isinstance(one, str):
-            raise FieldError(f"text[{i}]", f"got {shown(one)}; allowed: a string")
-    return text
 
 
 def place(texts: list[str], i: int) -> str:

@@ -7,6 +7,9 @@ this call and comes again in the next; one that no longer comes was dropped by i
 
 import logging
 import os
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from handler.decoding import Engine
 from handler.decoding.model import load
 from handler.fields import read
 from handler.integrity import verify_digests
-from handler.service import Incoming, Service, ServiceOptions
+from handler.reporting import Calls, report
+from handler.service import Incoming, Reply, Service, ServiceOptions
 from handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -66,16 +70,28 @@ class Seq2SeqHandler:
         )
         self.service.warm_up()
         quieten()
-        logger.info("ready on %s with %d rows", device, options.rows)
+        self.calls = Calls()
+        threading.Thread(
+            target=report, args=(self.service, self.calls, ctx.metrics), daemon=True
+        ).start()
+        largest = self.service.engine.largest_memory() / 1e6
+        logger.info(
+            "ready on %s with %d rows: at most %.0f MB for decoding", device, options.rows, largest
+        )
 
     def handle(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
         """One round; see `Service.round`. Never raises: that would reset every client."""
+        with self.calls:
+            return self.answered(data, ctx)
+
+    def answered(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
         live = [
             Incoming(
                 ctx.get_request_id(i),
                 header(ctx, i, "url_path"),
                 header(ctx, i, "content-type"),
                 one.get("body", one.get("data")),
+                header(ctx, i, "explain").lower() == "true",
             )
             for i, one in enumerate(data)
         ]
@@ -84,10 +100,11 @@ class Seq2SeqHandler:
             if reply is None:
                 del ctx.request_ids[i]
             else:
-                ctx.set_response_status(reply.status, "", i)
+                ctx.set_response_status(reply.status, HTTPStatus(reply.status).phrase, i)
                 ctx.set_response_content_type(i, reply.content_type)
-        # None ends a request with a plain response; true and false are for streams.
-        ctx.stopping_criteria = [plain] * len(live)
+                if reply.retry_after is not None:
+                    ctx.set_response_header(i, "Retry-After", str(reply.retry_after))
+        ctx.stopping_criteria = [criterion(reply) for reply in replies]
         return ["" if reply is None else reply.body for reply in replies]
 
 
@@ -96,8 +113,10 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def plain(_: object) -> None:
-    return None
+def criterion(reply: Reply | None) -> Callable[[object], bool | None]:
+    """What TorchServe asks whether a stream has ended: None stands for a plain response."""
+    ended = {"whole": None, "more": False, "last": True}["whole" if reply is None else reply.kind]
+    return lambda _: ended
 
 
 def header(ctx: Any, i: int, name: str) -> str:

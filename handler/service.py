@@ -1,20 +1,39 @@
 """The service itself, one round at a time, knowing nothing of TorchServe.
 
 TorchServe calls again and again with every request that is live; each call is one `round` here:
-new requests are admitted, vanished ones cancelled, a few steps decoded, finished ones answered.
+new requests are admitted, vanished ones cancelled, a few steps decoded, finished ones answered and
+streams continued.
 """
 
+import itertools
 import json
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
-from handler.decoding import Engine, Event, Result
+from handler.answer import Narrator, Part, Stream, event
+from handler.decoding import Engine, Event
 from handler.decoding.options import DecodingOptions
-from handler.request import JSON, TEXT, Refusal, TranslationRequest, parse, place
+from handler.doors import Door, Native
+from handler.metrics import STEP_BUCKETS, WAIT_BUCKETS, Metrics
+from handler.request import (
+    JSON,
+    Refusal,
+    RequestOptions,
+    TranslationRequest,
+    door_of,
+    parse,
+    place,
+)
+from handler.schema import schema
+from handler.sentences import Segment, split
 from handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+EVENTS = "text/event-stream"
 
 
 @dataclass(frozen=True)
@@ -22,10 +41,12 @@ class ServiceOptions:
     """The section `handler` of model-config.yaml.
 
     rows: hypotheses decoded together; the memory of decoding grows with it.
-    steps_per_call: decoding steps between two looks at new requests. A call costs about 2 ms of
-        frontend time whatever it does, so 8 steps bring that to 0.25 ms a token, and a newcomer
-        waits for 8 steps at most.
+    round_ms: milliseconds of decoding between two looks at new requests, then one step more at
+        most. A call costs about 2 ms of frontend time whatever it does: the longer a call, the
+        less of it that is; and the longer a newcomer waits. Measured in docs/results.md.
     max_texts: texts in one request.
+    max_sentences: sentences in one request, when its texts are split.
+    max_waiting: sentences that wait for rows; requests beyond get 503.
     max_response_bytes: stays below TorchServe's max_response_size (6,553,500), beyond which the
         frontend kills the worker.
     threads: of torch on a CPU; null for one for each CPU this process may use.
@@ -33,8 +54,10 @@ class ServiceOptions:
     """
 
     rows: int = field(default=64, metadata={"minimum": 1, "maximum": 65536})
-    steps_per_call: int = field(default=8, metadata={"minimum": 1, "maximum": 1024})
+    round_ms: float = field(default=20.0, metadata={"minimum": 0.0, "maximum": 1000.0})
     max_texts: int = field(default=1024, metadata={"minimum": 1})
+    max_sentences: int = field(default=4096, metadata={"minimum": 1})
+    max_waiting: int = field(default=16384, metadata={"minimum": 1})
     max_response_bytes: int = field(default=6_000_000, metadata={"minimum": 1000})
     threads: int | None = field(default=None, metadata={"minimum": 1})
     require_gpu: bool = False
@@ -48,13 +71,19 @@ class Incoming:
     path: str
     content_type: str | None
     body: object
+    explain: bool = False
 
 
 @dataclass(frozen=True)
 class Reply:
+    """`kind`: a whole response; or a part of a stream, after which there is more or not."""
+
     status: int
     content_type: str
     body: str
+    kind: Literal["whole", "more", "last"] = "whole"
+    failed: bool = False
+    retry_after: int | None = None  # seconds
 
 
 @dataclass
@@ -62,13 +91,16 @@ class Pending:
     """A request between its admission and its answer."""
 
     request: TranslationRequest
-    sentences: list[int | None] = field(default_factory=list)  # engine's ids; None for blank
-    source_tokens: int = 0
+    arrived: float
+    parts: list[Part]
+    stream: Stream | None
+    sentences: list[int]  # the engine's, of all parts
     ended: dict[int, Event] = field(default_factory=dict)
+    waits: bool = True  # for its first token
 
     @property
     def complete(self) -> bool:
-        return len(self.ended) == sum(s is not None for s in self.sentences)
+        return len(self.ended) == len(self.sentences)
 
 
 class Service:
@@ -76,6 +108,7 @@ class Service:
 
     Args:
         name, version: of the model, told in every answer.
+        clock: seconds; the engine's.
     """
 
     def __init__(
@@ -86,144 +119,261 @@ class Service:
         name: str,
         version: str,
         options: ServiceOptions = ServiceOptions(),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.source = source
         self.target = target
-        self.model = {"name": name, "version": version}
+        self.narrator = Narrator(source, target, {"name": name, "version": version})
         self.options = options
+        self.clock = clock
+        self.metrics = Metrics()
         self.pending: dict[str, Pending] = {}
         self.owner: dict[int, Pending] = {}  # request of each sentence
 
     def round(self, live: list[Incoming]) -> list[Reply | None]:
-        """One reply for each live request; None where it is not finished.
+        """One reply for each live request; None where there is nothing to tell yet.
 
         Never raises: an exception would reset every other client's request.
         """
+        started = self.clock()
         ids = {one.id for one in live}
         for gone in [key for key in self.pending if key not in ids]:
             self.forget(self.pending.pop(gone))
+            self.metrics.count("cancellations_total")
         replies: dict[str, Reply] = {}
         for one in live:
             if one.id not in self.pending:
-                reply = self.begin(one)
+                reply = self.begin(one, started)
                 if reply is not None:
                     replies[one.id] = reply
-        for step in range(self.options.steps_per_call):
-            # One step at least: clients that are answered at once must not hold up the others.
-            if self.engine.idle or (step and replies):
+        while not self.engine.idle:
+            self.step()
+            if self.clock() - started >= self.options.round_ms / 1000:
                 break
-            for event in self.engine.advance():
-                pending = self.owner.pop(event.sentence)
-                pending.ended[event.sentence] = event
-            replies |= {key: self.answer(p) for key, p in self.pending.items() if p.complete}
-        for key in replies:
-            self.pending.pop(key, None)
+        for key, pending in self.pending.items():
+            reply = self.told(pending)
+            if reply is not None:
+                replies[key] = reply
+        for key, reply in replies.items():
+            if reply.kind != "more":
+                self.settle(self.pending.pop(key, None), reply)
         return [replies.get(one.id) for one in live]
 
-    def begin(self, one: Incoming) -> Reply | None:
+    def step(self) -> None:
+        """One token of every live sentence."""
+        before = self.clock()
+        events = self.engine.advance()
+        now = self.clock()
+        self.metrics.observe("step_seconds", now - before, STEP_BUCKETS)
+        for one in events:
+            pending = self.owner.pop(one.sentence)
+            pending.ended[one.sentence] = one
+        for pending in self.pending.values():
+            if pending.waits and self.has_begun(pending):
+                pending.waits = False
+                self.metrics.observe("first_token_seconds", now - pending.arrived, WAIT_BUCKETS)
+
+    def has_begun(self, pending: Pending) -> bool:
+        """Whether there is a token for the first of its sentences, which is the first to begin."""
+        first = pending.sentences[:1]
+        return not first or first[0] in pending.ended or self.engine.begun(first[0])
+
+    def begin(self, one: Incoming, now: float) -> Reply | None:
         """Admit a new request; a reply at once where it needs no decoding."""
+        door: Door = Native()
         try:
+            if one.explain:
+                raise Refusal(404, "NotFound", "explanations are not offered; ask for predictions")
             if one.path:
                 return self.describe(one.path)
+            door = door_of(one.body)()
             request = parse(one.content_type, one.body, self.options.max_texts)
-            self.pending[one.id] = self.admitted(request)
+            self.pending[one.id] = self.admitted(request, now)
         except Refusal as refusal:
-            return Reply(refusal.status, JSON, refusal.body())
+            self.metrics.count("refusals_total", reason=refusal.kind)
+            return refused(refusal, door)
         except Exception:
             logger.exception("a request could not be admitted")
-            return internal_error()
+            return refused(internal_error(), door)
         return None
 
     def describe(self, path: str) -> Reply:
         if path == "card":
             return Reply(200, JSON, self.engine.model.card)
-        raise Refusal(404, "NotFound", f"path: got {path!r}; allowed: 'card', or none to translate")
+        if path == "schema":
+            return Reply(200, JSON, json.dumps(schema(RequestOptions, self.options.max_texts)))
+        raise Refusal(
+            404, "NotFound",
+            f"path: got {path!r}; allowed: 'card' or 'schema', or none to translate",
+        )
 
-    def admitted(self, request: TranslationRequest) -> Pending:
+    def admitted(self, request: TranslationRequest, now: float) -> Pending:
         """All sentences of a request in the engine's queue; none of them where one is refused."""
-        sources = [self.tokens(i, request) for i in range(len(request.texts))]
-        pending = Pending(request)
-        for tokens in sources:
-            try:
-                sentence = self.engine.admit(tokens, request.options) if tokens else None
-            except ValueError as error:  # of the options, so of the first sentence or of none
-                raise Refusal(400, "InvalidOption", str(error)) from None
-            pending.sentences.append(sentence)
-            pending.source_tokens += len(tokens)
-            if sentence is not None:
-                self.owner[sentence] = pending
+        texts = [split(t) if request.options.split else [Segment(t, "")] for t in request.texts]
+        count = sum(len(one) for one in texts)
+        if count > self.options.max_sentences:
+            raise Refusal(
+                413, "TooManySentences",
+                f"text: got {count} sentences; allowed: at most {self.options.max_sentences} in a "
+                "request; send them in several",
+            )
+        if self.engine.waiting_count + count > self.options.max_waiting:
+            raise Refusal(
+                503, "Overloaded",
+                f"{self.engine.waiting_count} sentences wait already; try again later",
+            )
+        sources = [self.tokens(i, segments, request) for i, segments in enumerate(texts)]
+        prefix = self.prefix(request.options)
+        deadline = None if request.options.max_time is None else now + request.options.max_time
+        try:  # all before any is admitted
+            for ids in filter(None, itertools.chain(*sources)):
+                self.engine.check(ids, request.options, len(prefix))
+        except ValueError as error:
+            raise Refusal(400, "InvalidOption", str(error)) from None
+        behind = itertools.count()
+        parts = [
+            Part(
+                segments,
+                [
+                    self.engine.admit(
+                        ids, request.options, prefix if i == 0 else [], deadline, next(behind)
+                    )
+                    if ids
+                    else None
+                    for i, ids in enumerate(of_text)
+                ],
+                of_text,
+            )
+            for segments, of_text in zip(texts, sources)
+        ]
+        sentences = [one for part in parts for one in part.sentences if one is not None]
+        stream = Stream(self.narrator, parts) if request.options.stream else None
+        pending = Pending(request, now, parts, stream, sentences)
+        self.owner |= dict.fromkeys(sentences, pending)
+        self.metrics.count(
+            "tokens_total", sum(map(len, itertools.chain(*sources))), side="source"
+        )
         return pending
 
-    def tokens(self, i: int, request: TranslationRequest) -> list[int]:
-        """Ids of text `i` with EOS; none for a blank line of plain text."""
-        text = request.texts[i]
-        if not text.strip():
-            return []
+    def tokens(
+        self, i: int, segments: list[Segment], request: TranslationRequest
+    ) -> list[list[int]]:
+        """Ids, with EOS, of each segment of text `i` that has words; none for one of which nothing
+        is left. A blank line of plain text has none at all."""
         where = place(request.texts, i)
-        tokens = self.source.encode(text)
-        if not tokens:
+        limit = self.engine.model.max_source_length
+        found: list[list[int]] = []
+        for segment in segments:
+            if not segment.text.strip():
+                continue
+            tokens = self.source.encode(segment.text)
+            if len(tokens) + 1 > limit:
+                raise Refusal(
+                    413, "TextTooLong",
+                    f"{where}: got a sentence of {len(segment.text)} characters, {len(tokens)} "
+                    f"tokens; allowed: at most {limit - 1} tokens; send shorter sentences",
+                )
+            found.append([*tokens, self.engine.model.eos_id] if tokens else [])
+        if found and not any(found):
             raise Refusal(
                 400, "EmptyText", f"{where}: nothing is left of it once control characters are "
                 "dropped; allowed: text with at least one visible character",
             )
-        limit = self.engine.model.max_source_length
-        if len(tokens) + 1 > limit:
-            raise Refusal(
-                413, "TextTooLong", f"{where}: got {len(text)} characters, {len(tokens)} tokens; "
-                f"allowed: at most {limit - 1} tokens; send shorter sentences, one text each",
-            )
-        return [*tokens, self.engine.model.eos_id]
+        return found
 
-    def answer(self, pending: Pending) -> Reply:
-        """The reply to a request whose sentences have all ended."""
+    def prefix(self, options: RequestOptions) -> list[int]:
+        """Target ids of the prefix."""
         try:
-            for event in pending.ended.values():
-                if event.error is not None:
-                    raise Refusal(500, "DecodingFailed", event.error)
-            reply = self.translations(pending)
-        except Refusal as refusal:
-            return Reply(refusal.status, JSON, refusal.body())
+            tokens = self.target.encode(options.prefix or "")
+        except ValueError as error:
+            raise Refusal(400, "InvalidOption", f"prefix: {error}") from None
+        if Tokenizer.UNK in tokens:
+            raise Refusal(
+                400, "InvalidOption",
+                f"prefix: got {options.prefix!r:.60}; allowed: characters that the model can write",
+            )
+        return tokens
+
+    def told(self, pending: Pending) -> Reply | None:
+        """What a request's client is told in this round."""
+        try:
+            if pending.complete:
+                return self.last(pending)
+            return self.more(pending) if pending.stream is not None else None
         except Exception:
             logger.exception("a reply could not be built")
-            return internal_error()
-        size, most = len(reply.body.encode()), self.options.max_response_bytes
-        if size > most:
-            message = f"the answer has {size} bytes; allowed: {most}; send fewer texts"
-            return Reply(413, JSON, Refusal(413, "AnswerTooLong", message).body())
-        return reply
+            return self.failed(pending, internal_error())
 
-    def translations(self, pending: Pending) -> Reply:
-        answers: list[list[dict[str, Any]]] = []
-        target_tokens = 0
-        for sentence in pending.sentences:
-            if sentence is None:
-                answers.append([{"text": "", "finish_reason": "eos"}])
-                continue
-            results = pending.ended[sentence].results
-            target_tokens += sum(len(r.tokens) for r in results)
-            answers.append([self.told(one, pending.request.options) for one in results])
-        if pending.request.content_type == TEXT:
-            lines = (one[0]["text"].replace("\n", " ") + "\n" for one in answers)
-            return Reply(200, f"{TEXT}; charset=utf-8", "".join(lines))
-        usage = {"source_tokens": pending.source_tokens, "target_tokens": target_tokens}
-        body = {"translations": answers, "model": self.model, "usage": usage}
-        return Reply(200, JSON, json.dumps(body, ensure_ascii=False))
+    def last(self, pending: Pending) -> Reply:
+        """The answer to a request whose sentences have all ended."""
+        request, stream = pending.request, pending.stream
+        try:
+            answer = self.narrator.answer(request, pending.parts, pending.ended)
+            if stream is None:
+                body, content_type = request.door.leave(answer), request.door.content_type
+            else:
+                body = "".join(stream.news(pending.ended, {})) + event(answer, "answer")
+                content_type = EVENTS
+            size, most = len(body.encode()), self.options.max_response_bytes
+            if size > most:
+                message = f"the answer has {size} bytes; allowed: {most}; send fewer texts"
+                raise Refusal(413, "AnswerTooLong", message)
+        except Refusal as refusal:
+            return self.failed(pending, refusal)
+        kind: Literal["whole", "last"] = "last" if stream and stream.opened else "whole"
+        return Reply(200, content_type, body, kind)
 
-    def told(self, result: Result, options: DecodingOptions) -> dict[str, Any]:
-        """One hypothesis as its client asked to see it."""
-        told: dict[str, Any] = {"text": self.target.decode(result.tokens)}
-        if options.return_scores:
-            told["score"] = round(result.score, 4)
-        if options.return_tokens:
-            told["tokens"] = self.target.pieces(result.tokens)
-        return {**told, "finish_reason": result.finish_reason}
+    def more(self, pending: Pending) -> Reply | None:
+        """What was decided for a stream since the last round.
+
+        The first part goes out at once, with nothing in it: TorchServe notices that a client has
+        left only once its stream is open.
+        """
+        stream = pending.stream
+        assert stream is not None
+        open_ = [s for s in pending.sentences if s not in pending.ended]
+        body = "".join(
+            stream.news(pending.ended, {s: self.engine.committed(s) for s in open_})
+        )
+        if not body and stream.opened:
+            return None
+        stream.opened = True
+        return Reply(200, EVENTS, body or ": open\n\n", "more")
+
+    def failed(self, pending: Pending, refusal: Refusal) -> Reply:
+        """An error; within a stream that is open, whose status has been sent, it is an event."""
+        self.forget(pending)
+        if pending.stream is not None and pending.stream.opened:
+            return Reply(200, EVENTS, event(refusal.told(), "error"), "last", failed=True)
+        return refused(refusal, pending.request.door)
+
+    def settle(self, pending: Pending | None, reply: Reply) -> None:
+        """Count a request that has been answered."""
+        if pending is None:
+            return
+        written = sum(len(r.tokens) for e in pending.ended.values() for r in e.results)
+        self.metrics.count("tokens_total", written, side="target")
+        self.metrics.count("requests_total", outcome="failed" if reply.failed else "ok")
+        seconds = self.clock() - pending.arrived
+        self.metrics.observe("request_seconds", seconds, WAIT_BUCKETS)
 
     def forget(self, pending: Pending) -> None:
-        """A client is gone: free what it held."""
+        """A client is gone, or has its answer: free what is still held for it."""
         for sentence in pending.sentences:
-            if sentence is not None and self.owner.pop(sentence, None) is not None:
+            if self.owner.pop(sentence, None) is not None:
                 self.engine.cancel(sentence)
+
+    def gauges(self) -> dict[str, float]:
+        """How full the service is; may be read by another thread."""
+        pending = list(self.pending.values())
+        return {
+            "rows_in_use": self.engine.rows_in_use,
+            "row_capacity": self.engine.capacity,
+            "live_requests": sum(not one.waits for one in pending),
+            "pending_requests": sum(one.waits for one in pending),
+            "waiting_sentences": self.engine.waiting_count,
+        }
 
     def warm_up(self) -> None:
         """Decode a little, so that the first client does not pay for lazy initialisation."""
@@ -233,6 +383,12 @@ class Service:
             self.engine.advance()
 
 
-def internal_error() -> Reply:
-    message = "the service failed on this request; its log says why"
-    return Reply(500, JSON, Refusal(500, "InternalError", message).body())
+def refused(refusal: Refusal, door: Door) -> Reply:
+    """Errors are JSON at every door."""
+    retry_after = 1 if refusal.status == 503 else None
+    body = door.refuse(refusal.told())
+    return Reply(refusal.status, JSON, body, failed=True, retry_after=retry_after)
+
+
+def internal_error() -> Refusal:
+    return Refusal(500, "InternalError", "the service failed on this request; its log says why")

@@ -1,5 +1,6 @@
 """Text to token ids and back, with a SentencePiece model (arXiv 1808.06226)."""
 
+import codecs
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,6 +80,21 @@ class Tokenizer:
             ValueError: an id that is not in the vocabulary.
         """
         return list(self._processor.id_to_piece(self._known(ids)))
+
+    def settled(self, ids: list[int]) -> int:
+        """How many ids at the beginning of `ids` have a text that no further id can change: all
+        but bytes at the end that do not form a whole character yet.
+
+        Law: for any ids and n, decode(ids[: settled(ids[:n])]) is a beginning of decode(ids).
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        bytes_from = len(ids)
+        while bytes_from and self._processor.is_byte(ids[bytes_from - 1]):
+            bytes_from -= 1
+        for piece in self.pieces(ids[bytes_from:]):
+            decoder.decode(bytes([int(piece[3:-1], 16)]))  # <0xE4>
+        pending, _ = decoder.getstate()
+        return len(ids) - len(pending)
 
     def _known(self, ids: Iterable[int]) -> list[int]:
         known = list(ids)

@@ -46,11 +46,14 @@ class Encoder(nn.Module):
         return y, h.transpose(0, 1).flatten(1), c.transpose(0, 1).flatten(1)
 
 
-def reversed_within(source: Tensor, lengths: Tensor) -> Tensor:
-    """Each row of [N, S] read backwards within its length (1409.3215, section 3.3)."""
-    place = torch.arange(source.size(1), device=source.device)  # [S]
+def reversed_within(x: Tensor, lengths: Tensor) -> Tensor:
+    """Each row of x [N, S, ...] read backwards within its length (1409.3215, section 3.3)."""
+    place = torch.arange(x.size(1), device=x.device)  # [S]
     mirrored = lengths.unsqueeze(1) - 1 - place  # [N, S], negative in the padding
-    return source.gather(1, torch.where(mirrored < 0, place, mirrored))
+    index = torch.where(mirrored < 0, place, mirrored)
+    for _ in range(x.dim() - 2):
+        index = index.unsqueeze(-1)
+    return x.gather(1, index.expand_as(x))
 
 
 class Bridge(nn.Module):
@@ -88,15 +91,18 @@ class Attention(nn.Module):
             options.decoder_hidden_size + options.attention_size, options.feature_size
         )
 
-    def weights(self, h: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """h [N, K, H], keys [N, S, A], mask bool [N, S] -> weights [N, K, S], rows sum to 1."""
-        scores = torch.bmm(self.query(h) * self.scale, keys.transpose(1, 2))  # [N, K, S]
-        return torch.softmax(scores.masked_fill(~mask.unsqueeze(1), float("-inf")), 2)
-
     def forward(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """h [N, K, H], keys and values [N, S, A], mask bool [N, S] -> features [N, K, E]."""
-        context = torch.bmm(self.weights(h, keys, mask), values)  # [N, K, A]
+        context, _ = attend(self.query(h) * self.scale, keys, values, mask)
         return torch.tanh(self.readout(torch.cat([h, context], 2)))
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [N, K, A], keys and values [N, S, A], mask bool [N, S] -> context [N, K, A] and the
+    weights that made it, [N, K, S], which sum to 1 and are 0 where the mask is false."""
+    scores = torch.bmm(query, keys.transpose(1, 2))  # [N, K, S]
+    weights = torch.softmax(scores.masked_fill(~mask.unsqueeze(1), float("-inf")), 2)
+    return torch.bmm(weights, values), weights
 
 
 class Network(nn.Module):

@@ -5,7 +5,7 @@ it holds:
 
 - `encode(source, lengths) -> Memory`
 - `start(memory) -> State`
-- `step(previous, state, memory) -> (logits, state)`
+- `step(previous, state, memory) -> (logits, state, attention)`
 
 State is a list of tensors whose dimension 0 counts rows: rows can be selected, reordered and
 written by index without knowing the model. It is scripted, never traced.
@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.network import Network, positions
+from model.lstm import Projection
+from model.network import Attention, Network, attend, positions, reversed_within
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ATTENDED, INITIAL = 3, 2  # tensors of memory in each half, for one model
 
 
@@ -43,6 +44,30 @@ class SpecialTokens:
     unk: int = 1
     bos: int = 2
     eos: int = 3
+
+
+class Readout(nn.Module):
+    """`model.network.Attention` for one step, with its weights; the rows of a step are flat."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.query = Projection(attention.query.weight * attention.scale, None)
+        self.readout = Projection(attention.readout.weight, attention.readout.bias)
+
+    def forward(
+        self, h: Tensor, hypotheses: int, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """h [N*K, H], K, keys and values [N, S, A], mask bool [N, S] -> features [N*K, E] and
+        attention weights [N, K, S]."""
+        query = self.query(h).view(keys.size(0), hypotheses, -1)  # [N, K, A]
+        context, weights = attend(query, keys, values, mask)
+        features = torch.tanh(self.readout(torch.cat([h, context.flatten(0, 1)], 1)))
+        return features, weights
+
+    @torch.jit.export
+    def pack(self) -> None:
+        self.query.pack()
+        self.readout.pack()
 
 
 class ServingModel(nn.Module):
@@ -77,8 +102,11 @@ class ServingModel(nn.Module):
         self.bridge = network.bridge
         self.embedding = network.embedding
         self.cells, self.after = network.decoder.cells()
-        self.attention = network.attention
-        self.generator = network.generator
+        self.key, self.value, self.readout = None, None, None
+        if network.attention is not None:
+            self.key, self.value = network.attention.key, network.attention.value
+            self.readout = Readout(network.attention)
+        self.generator = Projection(network.generator.weight, network.generator.bias)
         self.eval()
 
     @torch.jit.export
@@ -91,8 +119,10 @@ class ServingModel(nn.Module):
         y, h, c = self.encoder(source, lengths)
         h0, c0 = self.bridge(h, c)
         attended: list[Tensor] = []
-        if self.attention is not None:
-            attended = [self.attention.key(y), self.attention.value(y), positions(source, lengths)]
+        if self.key is not None and self.value is not None:
+            if self.encoder.reverse:  # position i of the memory is source token i
+                y = reversed_within(y, lengths)
+            attended = [self.key(y), self.value(y), positions(source, lengths)]
         return Memory(attended, [h0, c0])
 
     @torch.jit.export
@@ -104,7 +134,7 @@ class ServingModel(nn.Module):
     @torch.jit.export
     def step(
         self, previous: Tensor, state: list[Tensor], memory: Memory
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Advance every hypothesis by one token.
 
         Args:
@@ -112,7 +142,8 @@ class ServingModel(nn.Module):
             state: 2L tensors [N*K, H]; memory: of the N sentences, shared by their K hypotheses.
 
         Returns:
-            Logits of the next token, float [N, K, V], and the new state.
+            Logits of the next token, float [N, K, V]; the new state; the attention that made
+            them, float [N, K, S], where S is 0 for a model without.
         """
         n, k = previous.size(0), previous.size(1)
         layers = len(state) // 2
@@ -124,10 +155,20 @@ class ServingModel(nn.Module):
             x = after(x, h)
             hs.append(h)
             cs.append(c)
-        if self.attention is not None:
+        weights = x.new_empty([n, k, 0])
+        if self.readout is not None:
             keys, values, mask = memory.attended[0], memory.attended[1], memory.attended[2]
-            x = self.attention(x.view(n, k, -1), keys, values, mask).flatten(0, 1)
-        return self.generator(x).view(n, k, -1), hs + cs
+            x, weights = self.readout(x, k, keys, values, mask)
+        return self.generator(x).view(n, k, -1), hs + cs, weights
+
+    @torch.jit.export
+    def pack(self) -> None:
+        """Lay the weights of `step` out for the CPU; see `Projection`. Not to be saved after it."""
+        for cell in self.cells:
+            cell.pack()  # type: ignore[operator]
+        if self.readout is not None:
+            self.readout.pack()
+        self.generator.pack()
 
 
 class Ensemble(nn.Module):
@@ -149,7 +190,7 @@ class Ensemble(nn.Module):
         self.source_vocabulary, self.target_vocabulary = sizes.pop()
         self.max_source_length = min(m.max_source_length for m in members)
         self.max_target_length = min(m.max_target_length for m in members)
-        self.has_attention = all(m.has_attention for m in members)
+        self.has_attention = any(m.has_attention for m in members)
         self.card = card
         self.members = nn.ModuleList(members)  # which mypy takes for plain modules below
         # How many tensors of memory and state belong to each member.
@@ -185,18 +226,30 @@ class Ensemble(nn.Module):
     @torch.jit.export
     def step(
         self, previous: Tensor, state: list[Tensor], memory: Memory
-    ) -> tuple[Tensor, list[Tensor]]:
-        """See `ServingModel.step`; the logits are log((1/M) sum of p_m), already normalised."""
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """See `ServingModel.step`; the logits are log((1/M) sum of p_m), already normalised, and
+        the attention is the mean of those members that have it."""
         log_probabilities: list[Tensor] = []
+        attention: list[Tensor] = []
         after: list[Tensor] = []
         for i, member in enumerate(self.members):
             first = sum(self.state[:i])
             own = state[first : first + self.state[i]]
-            logits, own = member.step(previous, own, self.memory_of(i, memory))  # type: ignore[operator]
+            logits, own, weights = member.step(previous, own, self.memory_of(i, memory))  # type: ignore[operator]
             log_probabilities.append(torch.log_softmax(logits, 2))
             after += own
+            if weights.size(2) > 0:
+                attention.append(weights)
         mean = torch.logsumexp(torch.stack(log_probabilities), 0) - math.log(len(self.members))
-        return mean, after
+        if len(attention) == 0:
+            return mean, after, mean[:, :, :0]
+        return mean, after, torch.stack(attention).mean(0)
+
+    @torch.jit.export
+    def pack(self) -> None:
+        """See `ServingModel.pack`."""
+        for member in self.members:
+            member.pack()  # type: ignore[operator]
 
 
 def scripted(model: nn.Module) -> torch.jit.ScriptModule:

@@ -16,19 +16,28 @@ class TableMemory(NamedTuple):
 class TableModel:
     """p(next | previous) from a table: {previous: {next: probability}}.
 
-    A source whose first token is `poison` gives NaN for its own row only.
+    A source whose first token is `poison` gives NaN for its own row only. `attention` is what the
+    step after `previous` pays each source token: {previous: [share of each]}; where it is silent,
+    all goes to the first.
     """
 
     pad_id, unk_id, bos_id, eos_id = 0, 1, 2, 3
     source_vocabulary = target_vocabulary = 12
     max_source_length, max_target_length = 8, 20
 
-    def __init__(self, table: dict[int, dict[int, float]], poison: int = -1) -> None:
+    def __init__(
+        self,
+        table: dict[int, dict[int, float]],
+        poison: int = -1,
+        attention: dict[int, list[float]] | None = None,
+    ) -> None:
         self.logits = torch.full((12, 12), -30.0)
         for previous, nexts in table.items():
             for token, probability in nexts.items():
                 self.logits[previous, token] = torch.tensor(probability).log()
         self.poison = poison
+        self.has_attention = attention is not None
+        self.attention = attention or {}
         self.rows_computed = 0
 
     def encode(self, source: Tensor, lengths: Tensor) -> TableMemory:
@@ -39,10 +48,14 @@ class TableModel:
 
     def step(
         self, previous: Tensor, state: list[Tensor], memory: TableMemory
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
         self.rows_computed += previous.numel()
         assert state[0].size(0) == previous.numel()
         assert memory.attended[0].size(0) == previous.size(0)
         logits = self.logits[previous]  # [N, K, V]
         poisoned = state[0].view(*previous.shape, 1) == self.poison
-        return logits.masked_fill(poisoned, float("nan")), state
+        weights = torch.zeros(*previous.shape, memory.attended[0].size(1))  # [N, K, S]
+        weights[..., 0] = 1.0
+        for token, shares in self.attention.items():
+            weights[previous == token] = torch.tensor(shares)
+        return logits.masked_fill(poisoned, float("nan")), state, weights

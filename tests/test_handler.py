@@ -51,10 +51,28 @@ def process_as_it_was():
         one.filters[:] = kept
 
 
+class Recorder:
+    """TorchServe's cache of metrics; what was told is in `told`."""
+
+    def __init__(self):
+        self.told = []
+
+    def add_metric_to_cache(self, name, unit, dimensions, kind):
+        recorder = self
+
+        class Metric:
+            def add_or_update(self, value, values):
+                recorder.told.append((name, kind.value, dict(zip(dimensions, values)), value))
+
+        return Metric()
+
+
 def context(folder, handler=ONE_THREAD, gpu=None) -> Context:
     manifest = json.loads((folder / MANIFEST).read_text())
     config = {"minWorkers": 1, "handler": handler}
-    return Context("seq2seq", str(folder), manifest, 8, gpu, "0.12.0", model_yaml_config=config)
+    ctx = Context("seq2seq", str(folder), manifest, 8, gpu, "0.12.0", model_yaml_config=config)
+    ctx.metrics = Recorder()
+    return ctx
 
 
 def initialized(folder, **more) -> Seq2SeqHandler:
@@ -126,7 +144,7 @@ def test_headers_are_read_whatever_their_case(unpacked):
 
 
 def test_a_request_that_is_not_finished_is_left_out_of_the_reply(unpacked):
-    ctx = context(unpacked, {**ONE_THREAD, "steps_per_call": 1})
+    ctx = context(unpacked, {**ONE_THREAD, "round_ms": 0.0})
     one = Seq2SeqHandler()
     one.initialize(ctx)
     ctx.request_ids = {0: "long", 1: "bad"}
@@ -143,7 +161,7 @@ def test_a_request_that_is_not_finished_is_left_out_of_the_reply(unpacked):
 def test_the_archive_as_it_was_built_is_served_with_its_name_and_version(unpacked):
     one = initialized(unpacked)
     described = json.loads((unpacked / MANIFEST).read_text())["model"]
-    assert one.service.model == {
+    assert one.service.narrator.model == {
         "name": described["modelName"], "version": described["modelVersion"]
     }
     assert one.service.engine.device == torch.device("cpu")
@@ -216,7 +234,7 @@ def test_a_gpu_that_is_required_and_missing_is_an_error(unpacked, monkeypatch, g
         ({"rows": 0}, "handler.rows: got 0; allowed: an integer from 1 to 65536"),
         ({"rows": "64"}, "handler.rows: got '64'; allowed"),
         ({"row": 64}, "handler.row: unknown option; did you mean 'rows'?"),
-        ({"steps_per_call": 1.5}, "handler.steps_per_call: got 1.5; allowed"),
+        ({"round_ms": -1}, "handler.round_ms: got -1; allowed: a number from 0.0 to 1000.0"),
         ({"threads": 0}, "handler.threads: got 0; allowed: an integer of at least 1 or null"),
         ({"require_gpu": "yes"}, "handler.require_gpu: got 'yes'; allowed: true or false"),
         (["rows"], "handler: got a list of 1; allowed: a mapping of options"),

@@ -68,7 +68,7 @@ def run_steps(model, source, lengths, choices):
     state = [rows.repeat_interleave(k, 0) for rows in model.start(memory)]
     seen = []
     for previous in choices:
-        logits, state = model.step(previous, state, memory)
+        logits, state, _ = model.step(previous, state, memory)
         seen.append(logits)
     return torch.stack(seen)
 
@@ -118,9 +118,9 @@ def test_state_rows_can_be_selected_and_reordered(both_forms):
     order = torch.tensor([2, 0])
     picked = type(memory)([m[order] for m in memory.attended], [])
     previous = torch.tensor([[4], [5]])
-    some, _ = model.step(previous, [rows[order] for rows in state], picked)
+    some, _, _ = model.step(previous, [rows[order] for rows in state], picked)
     both = torch.tensor([[5], [9], [4], [9]])
-    every, _ = model.step(both, state, memory)
+    every, _, _ = model.step(both, state, memory)
     torch.testing.assert_close(some, every[order])
 
 

@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handler.decoding.options import DecodingOptions
+from handler.doors import Native, PlainText
 from handler.fields import FieldError, read, shown
-from handler.request import JSON, TEXT, Refusal, TranslationRequest, parse
+from handler.request import JSON, TEXT, Refusal, RequestOptions, TranslationRequest, parse
 
 MOST = 4
-PLAIN = DecodingOptions()
+PLAIN = RequestOptions()
 
 
 def refusal(content_type, body) -> Refusal:
     with pytest.raises(Refusal) as error:
         parse(content_type, body, MOST)
     one = error.value
-    assert json.loads(one.body()) == {"code": one.status, "type": one.kind, "message": str(one)}
+    assert one.told() == {"code": one.status, "type": one.kind, "message": str(one)}
     assert "\n" not in str(one)
     assert len(str(one)) < 400
     return one
@@ -34,13 +34,13 @@ def refusal(content_type, body) -> Refusal:
     [
         ({"text": "a"}, ["a"], PLAIN),
         ({"text": ["a", " b "]}, ["a", " b "], PLAIN),
-        ({"text": "a", "max_length": 3}, ["a"], DecodingOptions(max_length=3)),
+        ({"text": "a", "max_length": 3}, ["a"], RequestOptions(max_length=3)),
         ({"text": "a", "max_length": None}, ["a"], PLAIN),
         ({"text": "a\nb\0\U0010ffff"}, ["a\nb\0\U0010ffff"], PLAIN),
     ],
 )
 def test_json_is_read_decoded_or_not(given, texts, options):
-    expected = TranslationRequest(texts, options, JSON)
+    expected = TranslationRequest(texts, options, Native())
     assert parse(JSON, given, MOST) == expected
     assert parse(JSON, json.dumps(given).encode(), MOST) == expected
     assert parse("Application/JSON ; charset=utf-8", bytearray(json.dumps(given), "utf-8"), MOST) \
@@ -137,7 +137,7 @@ def test_more_texts_than_allowed_are_refused():
 )
 @pytest.mark.parametrize("content_type", [TEXT, "TEXT/PLAIN;charset=UTF-8", None, ""])
 def test_text_is_one_sentence_a_line(body, texts, content_type):
-    expected = TranslationRequest(texts, PLAIN, TEXT)
+    expected = TranslationRequest(texts, PLAIN, PlainText())
     assert parse(content_type, body, MOST) == expected
     assert parse(content_type, body.encode(), MOST) == expected
 
@@ -207,7 +207,7 @@ def parses_or_refuses(content_type, body):
             text.encode()
         return
     assert refused.status in (400, 413)
-    refused.body().encode()
+    json.dumps(refused.told()).encode()
 
 
 @settings(deadline=None, max_examples=300)

@@ -24,8 +24,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from handler.decoding import DecodingOptions
 from handler.decoding.model import load
+from handler.request import RequestOptions
 from model import ServingModel
 from server.__main__ import main
 from server.errors import ServerError
@@ -34,8 +34,8 @@ from server.torchserve import ServerOptions, TorchServe
 from training.archive import archive
 from training.evaluate import best_network
 from training.export import export
+from training.lines import translations
 from training.run import Run
-from training.scoring import translations
 from training.train import tokenizers
 
 GUARD_SECONDS = 120  # against a hang; no statement about speed
@@ -148,8 +148,10 @@ def offline(toy, lines, length=None, eager=False) -> list[str]:
         network, _ = best_network(toy.recipe, toy.run)
         model = ServingModel(network, model.max_source_length, model.max_target_length)
     source, target = tokenizers(toy.run)
-    asked = DecodingOptions(max_length=length)
-    return list(translations(model, source, target, iter(lines), asked, CPU))
+    asked = RequestOptions(max_length=length)
+    return [
+        told[0]["text"] for told in translations(model, source, target, lines, asked, CPU)
+    ]
 
 
 def spoken(count: int, seed: int = 7) -> list[str]:
@@ -279,8 +281,8 @@ REFUSED = [
     (b"", TEXT, (400, "InvalidRequest"), "no body"),
     (None, {}, (400, "InvalidRequest"), "no body"),
     ({"text": ["12"] * 1025}, JSON, (413, "TooManyTexts"), "got 1025 texts; allowed: at most 1024"),
-    ({"text": ["12", "0123 " * 2000]}, JSON, (413, "TextTooLong"), "text[1]: got 10000 characters"),
-    (b"x" * 10_000, TEXT, (413, "TextTooLong"), "text: got 10000 characters"),
+    ({"text": ["12", "01 " * 3000]}, JSON, (413, "TextTooLong"), "text[1]: got a sentence of 8999"),
+    (b"x" * 10_000, TEXT, (413, "TextTooLong"), "text: got a sentence of 10000 characters"),
 ]
 
 
@@ -523,7 +525,7 @@ def test_the_command_line_says_in_one_line_what_is_wrong(translate):
         port = free.getsockname()[1]
     for given, said in (
         ({"url": f"http://127.0.0.1:{port}", "lines": b"12"}, "cannot be reached"),
-        ({"lines": b"1" * 10_000}, "413 TextTooLong: text: got 10000 characters"),
+        ({"lines": b"1" * 10_000}, "413 TextTooLong: text: got a sentence of 10000 characters"),
         ({"lines": b"\xff\n"}, "standard input is not UTF-8"),
     ):
         status, out, err = translate(**given)

@@ -5,6 +5,7 @@ Texts are spelt with letters that are one piece each, so expected answers are wr
 
 import json
 import logging
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -51,16 +52,20 @@ class Echo(TableModel):
         return [memory.attended[0][:, :2, 0][:, -1:].clone()]
 
     def step(self, previous, state, memory):
-        logits, state = super().step(previous, state, memory)
+        logits, state, attention = super().step(previous, state, memory)
         for row, letter in enumerate(state[0][:, 0].tolist()):
             if letter != self.poison:
                 logits.view(-1, logits.size(2))[row, int(letter)] = 0.0
-        return logits, state
+        return logits, state, attention
 
 
-def service(rows=4, model=None, **options) -> Service:
-    engine = Engine(model or Echo(), rows)
-    return Service(engine, TOKENIZER, TOKENIZER, "echo", "1.0", ServiceOptions(**options))
+def service(
+    rows=4, model=None, clock=time.monotonic, source=TOKENIZER, target=TOKENIZER, **options
+) -> Service:
+    """Rounds of one step, unless `round_ms` is given."""
+    engine = Engine(model or Echo(), rows, clock=clock)
+    options = ServiceOptions(**{"round_ms": 0.0, **options})
+    return Service(engine, source, target, "echo", "1.0", options, clock)
 
 
 def ask(number, text, length=2, **options) -> Incoming:
@@ -128,17 +133,29 @@ def test_each_request_has_its_own_answer_whatever_the_others_ask():
     }
 
 
-def test_an_answer_is_given_as_soon_as_it_is_there():
-    one = service(steps_per_call=100)
+def test_an_answer_is_given_in_the_round_in_which_it_is_ready():
+    model = Echo()
+    one = service(model=model, round_ms=4.5, clock=Clock(model))
     live = [ask("long", "a", 19), ask("short", "b", 1)]
     assert [reply is None for reply in one.round(live)] == [True, False]
-    assert [reply is None for reply in one.round(live[:1])] == [False]
+    assert model.rows_computed == 5  # of the long one alone, when the short one was ready
+    assert texts(answers(one, live[:1])["long"]) == ["a" * 19]
+
+
+class Clock:
+    """Time that passes only in decoding: a millisecond a step."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self):
+        return self.model.rows_computed / 1000
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8])
-def test_a_round_decodes_a_bounded_number_of_steps(steps):
+def test_a_round_decodes_for_a_bounded_time(steps):
     model = Echo()
-    one = service(model=model, steps_per_call=steps)
+    one = service(model=model, round_ms=steps - 0.5, clock=Clock(model))
     live = [ask(1, "a", 18)]
     for i in range(1, 18 // steps + (18 % steps > 0)):
         assert one.round(live) == [None]
@@ -148,10 +165,10 @@ def test_a_round_decodes_a_bounded_number_of_steps(steps):
 
 
 def test_requests_that_vanish_free_their_rows():
-    one = service(rows=2, steps_per_call=1)
+    one = service(rows=2)
     live = [ask(1, ["a", "b", "c"], 19), ask(2, ["d", "e"], 1)]
     assert one.round(live) == [None, None]
-    assert one.engine.rows_in_use == 2
+    assert one.engine.rows_in_use == 1  # "d" is answered in full
     (reply,) = one.round(live[1:])
     assert texts(reply) == ["d", "e"]
     assert left_nothing(one)
@@ -182,7 +199,7 @@ def test_a_beam_wider_than_the_service_is_refused_alone():
 
 
 def test_an_id_that_comes_again_is_a_new_request():
-    one = service(steps_per_call=1)
+    one = service()
     assert one.round([ask(1, "a", 9)]) == [None]
     one.round([])
     assert texts(answers(one, [ask(1, "b", 3)])["1"]) == ["bbb"]
@@ -227,10 +244,10 @@ def test_a_stream_of_bad_requests_does_not_hold_up_a_good_one():
 def test_a_refused_text_is_named_with_its_number_and_what_is_allowed():
     long, longer = answers(service(), [ask(1, "abcdefg"), ask(2, ["a", "abcdefga"])]).values()
     assert json.loads(long.body)["message"] == (
-        "text: got 7 characters, 8 tokens; allowed: at most 7 tokens; "
-        "send shorter sentences, one text each"
+        "text: got a sentence of 7 characters, 8 tokens; allowed: at most 7 tokens; "
+        "send shorter sentences"
     )
-    assert "text[1]: got 8 characters, 9 tokens" in json.loads(longer.body)["message"]
+    assert "text[1]: got a sentence of 8 characters, 9 tokens" in json.loads(longer.body)["message"]
 
 
 @pytest.mark.parametrize("broken", ["encode", "step"])
@@ -252,8 +269,7 @@ def test_a_failing_model_is_an_error_of_its_requests_alone(broken, monkeypatch, 
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_a_failing_tokenizer_is_an_error_of_its_request_alone(side, monkeypatch, caplog):
-    one = service()
+def test_a_failing_tokenizer_is_an_error_of_its_request_alone(side, caplog):
     method = "encode" if side == "source" else "decode"
 
     class Failing:
@@ -266,7 +282,7 @@ def test_a_failing_tokenizer_is_an_error_of_its_request_alone(side, monkeypatch,
 
             return call
 
-    monkeypatch.setattr(one, side, Failing())
+    one = service(**{side: Failing()})
     with caplog.at_level(logging.ERROR):
         got = answers(one, [ask(1, "a"), ask(2, "e"), ask(3, "b")])
     assert texts(got["1"]) == ["aa"]
@@ -333,7 +349,7 @@ clients = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(clients, max_size=12), st.integers(1, 5), st.integers(1, 9))
 def test_nothing_is_left_whoever_comes_and_goes(drawn, rows, steps):
-    one = service(rows, steps_per_call=steps, max_texts=8)
+    one = service(rows, max_texts=8, round_ms=float(steps))
     everybody = []
     for i, (spoken, length, bad, arrives, stays) in enumerate(drawn):
         incoming = ask(i, spoken, length)

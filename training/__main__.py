@@ -30,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--run", type=Path, help="folder of the run (default: runs/NAME)")
         if name == "train":
             verb.add_argument("--fresh", action="store_true", help="begin anew")
+        if name == "translate":
+            verb.add_argument("--options", default="{}", metavar="JSON",
+                              help="options of the REST API, such as '{\"beam_size\": 5}'")
+            verb.add_argument("--json", action="store_true",
+                              help="write all that the server would tell of each line")
         if name == "archive":
             verb.add_argument("--store", type=Path, default=Path("model-store"),
                               help="folder of the archive (default: model-store)")
@@ -87,11 +92,12 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
         path = archive(recipe, run, arguments.store)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     else:
-        from training.translate import translate
+        from training.translate import options_of, translate
 
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", newline="\n", write_through=True)
-        translate(recipe, run, sys.stdin.buffer, sys.stdout)
+        options = options_of(arguments.options)
+        translate(recipe, run, sys.stdin.buffer, sys.stdout, options, arguments.json)
     return 0
 
 

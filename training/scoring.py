@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from handler.decoding import DecodingOptions, Engine, SequenceModel, decode_in_order
+from handler.request import RequestOptions
 from handler.tokenizer import Tokenizer
 from model import Network
 from training.batches import Batch
-
-ROWS = 64  # hypotheses decoded together offline
+from training.lines import translations
 
 
 @dataclass(frozen=True)
@@ -63,51 +62,6 @@ def perplexity(network: Network, batches: Iterator[Batch]) -> float:
     return math.exp(min(loss / max(tokens, 1), 700.0))
 
 
-def translations(
-    model: SequenceModel,
-    source: Tokenizer,
-    target: Tokenizer,
-    lines: Iterator[str],
-    options: DecodingOptions,
-    device: torch.device,
-) -> Iterator[str]:
-    """Translate line by line, in order and in bounded memory; a blank line stays blank.
-
-    Raises:
-        ValueError: a line that cannot be translated, after all before it; the message names its
-            number.
-    """
-    blank: list[int] = []
-    wrong: list[ValueError] = []
-    engine = Engine(model, ROWS, device)
-
-    def sources() -> Iterator[list[int]]:
-        try:
-            for number, line in enumerate(lines, 1):
-                tokens = source.encode(line) if line.strip() else []
-                if not tokens:
-                    blank.append(number)
-                elif len(tokens) + 1 > model.max_source_length:
-                    raise ValueError(
-                        f"line {number}: {len(tokens)} tokens; the model reads at most "
-                        f"{model.max_source_length - 1}: split the line into sentences"
-                    )
-                yield [*tokens, model.eos_id]
-        except ValueError as error:  # of a line read ahead: those before it come first
-            wrong.append(error)
-
-    for number, event in enumerate(decode_in_order(engine, sources(), options), 1):
-        if event.error is not None:
-            raise ValueError(f"line {number}: {event.error}")
-        if number in blank[:1]:
-            blank.pop(0)
-            yield ""
-        else:
-            yield target.decode(event.results[0].tokens)
-    if wrong:
-        raise wrong[0]
-
-
 def decoded_scores(hypotheses: list[str], references: list[str]) -> Scores:
     """sacreBLEU (arXiv 1804.08771) and chrF of `hypotheses`, and how many are exactly right."""
     bleu = sacrebleu.BLEU()
@@ -129,9 +83,11 @@ def score_text(
     device: torch.device,
     show: bool = False,
 ) -> tuple[Scores, list[str]]:
-    """Decode `lines` greedily and score against `references`; the scores and the text."""
-    decoded = translations(model, source, target, iter(lines), DecodingOptions(), device)
+    """Decode `lines` greedily, each as one sentence, as they were in training, and score against
+    `references`; the scores and the text."""
+    options = RequestOptions(split=False)
+    decoded = translations(model, source, target, lines, options, device)
     hidden = not (show and sys.stderr.isatty())
     shown = tqdm(decoded, total=len(lines), unit="sentence", disable=hidden, leave=False)
-    hypotheses = list(shown)
+    hypotheses = [told[0]["text"] for told in shown]
     return decoded_scores(hypotheses, references), hypotheses

@@ -6,9 +6,12 @@ and the next one waiting takes them. No row is computed after its sentence has e
 depends on its neighbours: every operation on rows is row by row.
 """
 
+import heapq
 import itertools
 import logging
-from collections import deque
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,31 +33,54 @@ class Engine:
 
     Args:
         model: see `SequenceModel`.
-        rows: most hypotheses that are live at once; further sentences wait in order of arrival, a
-            wide beam until all its rows are free. Memory is bounded by rows * (state + longest
-            source * attention memory).
+        rows: most hypotheses that are live at once; further sentences wait, a wide beam until all
+            its rows are free. See `largest_memory`.
         device: where the model is.
+        clock: seconds, for deadlines.
 
     Not thread-safe: one thread calls it.
     """
 
     def __init__(
-        self, model: SequenceModel, rows: int, device: torch.device = torch.device("cpu")
+        self,
+        model: SequenceModel,
+        rows: int,
+        device: torch.device = torch.device("cpu"),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.capacity = rows
         self.device = device
+        self.clock = clock
         self.ids = itertools.count()
-        self.waiting: deque[Sentence] = deque()
+        self.sentences: dict[int, Sentence] = {}  # live and waiting
+        self.waiting: list[tuple[int, int]] = []  # heap of (turn, id); cancelled ones are skipped
+        self.turn = 0  # of the sentence that last began
+        self.rows_in_use = 0  # of live sentences; those that a beam is about to need included
+        self.live_count = 0
+        self.next_deadline = math.inf
         self.lanes: dict[int, Lane] = {}  # by width
         self.memory: Any = None  # of the model's own type; holds no tensors between steps
         self.never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
 
-    def admit(self, source: list[int], options: DecodingOptions) -> int:
+    def admit(
+        self,
+        source: list[int],
+        options: DecodingOptions,
+        prefix: Sequence[int] = (),
+        deadline: float | None = None,
+        behind: int = 0,
+    ) -> int:
         """Queue a sentence.
 
         Args:
             source: ids of the source tokens, EOS included.
+            prefix: ids that the translation begins with.
+            deadline: on the engine's clock; what there is then is answered.
+            behind: how many sentences of the same client are before this one. First come, first
+                served holds among sentences with equally many: a client's k-th sentence is on a
+                par with the first of a client that comes when k of them have begun. So no client
+                waits for the whole of another's, and none is overtaken for ever.
 
         Returns:
             The sentence's id, named by the event that ends it.
@@ -63,6 +89,16 @@ class Engine:
             SourceLengthError: a source that is empty or longer than the model reads.
             ValueError: options that this engine or model cannot fulfil.
         """
+        most = self.check(source, options, len(prefix))
+        sentence = Sentence(next(self.ids), source, options, most, list(prefix), deadline)
+        self.sentences[sentence.id] = sentence
+        heapq.heappush(self.waiting, (self.turn + behind, sentence.id))
+        if deadline is not None:
+            self.next_deadline = min(self.next_deadline, deadline)
+        return sentence.id
+
+    def check(self, source: list[int], options: DecodingOptions, prefix: int = 0) -> int:
+        """The most target tokens that a sentence will have; see `admit` for what is raised."""
         limit, longest = self.model.max_source_length, self.model.max_target_length
         if not 1 <= len(source) <= limit:
             raise SourceLengthError(
@@ -76,30 +112,54 @@ class Engine:
             raise ValueError(
                 f"min_length: got {options.min_length}; allowed by this model: at most {longest}"
             )
-        asked = options.max_length if options.max_length is not None else 3 * len(source) + 10
-        most = min(max(asked, options.min_length), longest)
-        sentence = Sentence(next(self.ids), source, options, most)
-        self.waiting.append(sentence)
-        return sentence.id
+        for name in ("coverage_penalty", "return_alignments"):
+            if getattr(options, name) and not self.model.has_attention:
+                raise ValueError(
+                    f"{name}: got {getattr(options, name)}; allowed by this model, which has no "
+                    "attention: only the default"
+                )
+        asked = options.max_length
+        if asked is None:
+            asked = max(3 * len(source) + 10, options.min_length, prefix)
+        most = min(asked, longest)
+        if prefix > most:
+            raise ValueError(f"prefix: got {prefix} tokens; allowed: at most max_length, {most}")
+        return most
 
-    @torch.inference_mode()
     def cancel(self, sentence: int) -> None:
         """Forget a sentence and free its rows; unknown and finished ones are ignored."""
+        if self.sentences.pop(sentence, None) is not None:
+            self.leave(sentence)
+
+    @torch.inference_mode()
+    def leave(self, sentence: int) -> None:
+        """Take a live sentence out of its lane; one that waits is in none."""
         for lane in self.lanes.values():
             for i, one in enumerate(lane.sentences):
                 if one.id == sentence:
                     lane.remove(i)
+                    self.release(one)
                     return
-        self.waiting = deque(one for one in self.waiting if one.id != sentence)
+
+    def release(self, sentence: Sentence) -> None:
+        self.rows_in_use -= sentence.options.beam_size
+        self.live_count -= 1
 
     @property
-    def rows_in_use(self) -> int:
-        """Rows that live sentences hold, those a beam is about to need included."""
-        return sum(s.options.beam_size for lane in self.lanes.values() for s in lane.sentences)
+    def waiting_count(self) -> int:
+        return len(self.sentences) - self.live_count
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not any(lane.sentences for lane in self.lanes.values())
+        return not self.sentences
+
+    def begun(self, sentence: int) -> bool:
+        """Whether a sentence that has not ended has a token."""
+        return bool(self.sentences[sentence].live[0].tokens)
+
+    def committed(self, sentence: int) -> list[int]:
+        """What has been decided of one that has not ended; see `Sentence.committed`."""
+        return self.sentences[sentence].committed()
 
     @torch.inference_mode()
     def advance(self, steps: int = 1) -> list[Event]:
@@ -110,6 +170,7 @@ class Engine:
         """
         events: list[Event] = []
         for _ in range(steps):
+            events += self.expire()
             events += self.fill()
             # Widest first, so that a beam that leaves the lane of width 1 goes one step, not two.
             for width in sorted(self.lanes, reverse=True):
@@ -121,28 +182,60 @@ class Engine:
                     self.step(lane, events)
                 except RuntimeError as error:
                     logger.exception("a decoding step failed")
-                    events += [failed(one, error) for one in lane.sentences]
+                    for one in lane.sentences:
+                        self.release(one)
+                        events.append(failed(one, error))
                     del self.lanes[width]
+            if events:
+                for event in events:
+                    self.sentences.pop(event.sentence, None)
             if self.idle:
                 break
         return events
 
+    def expire(self) -> list[Event]:
+        """End the sentences whose time is over."""
+        now = self.clock()
+        if now < self.next_deadline:
+            return []
+        over, deadlines = [], [math.inf]
+        for one in self.sentences.values():
+            if one.deadline is not None and one.deadline <= now:
+                over.append(one)
+            elif one.deadline is not None:
+                deadlines.append(one.deadline)
+        self.next_deadline = min(deadlines)
+        for one in over:
+            self.leave(one.id)
+            del self.sentences[one.id]
+            one.end("time")
+        return [one.event() for one in over]
+
     def fill(self) -> list[Event]:
-        """Encode waiting sentences into free rows, first come, first served."""
-        free = self.capacity - self.rows_in_use
+        """Encode waiting sentences into free rows, in their turn."""
         new: list[Sentence] = []
-        while self.waiting and self.waiting[0].options.beam_size <= free:
-            new.append(self.waiting.popleft())
-            free -= new[-1].options.beam_size
+        free = self.capacity - self.rows_in_use
+        while self.waiting:
+            turn, first = self.waiting[0]
+            sentence = self.sentences.get(first)
+            if sentence is not None:
+                if sentence.options.beam_size > free:
+                    break
+                free -= sentence.options.beam_size
+                new.append(sentence)
+                self.turn = turn
+            heapq.heappop(self.waiting)
         if not new:
             return []
         try:
             memory, state = encode_batch(self.model, [one.source for one in new], self.device)
-            first = [t.unsqueeze(1) for t in state]  # [N, 1, ...]
-            self.lanes.setdefault(1, Lane(1)).add(new, first, memory.attended)
+            first_state = [t.unsqueeze(1) for t in state]  # [N, 1, ...]
+            self.lanes.setdefault(1, Lane(1)).add(new, first_state, memory.attended)
         except RuntimeError as error:
             logger.exception("encoding failed")
             return [failed(one, error) for one in new]
+        self.rows_in_use = self.capacity - free
+        self.live_count += len(new)
         self.memory = memory._replace(attended=[], initial=[])
         return []
 
@@ -158,6 +251,7 @@ class Engine:
             one = lane.sentences[i]
             if one.ended:
                 events.insert(first, one.event())
+                self.release(one)
             elif len(one.live) != lane.width:
                 self.widen(lane, i, parents[i])
             else:
@@ -174,6 +268,20 @@ class Engine:
         state = [t[i : i + 1, parents] for t in lane.state.live()]  # [1, width, ...]
         attended = [t[i : i + 1, : len(one.source)] for t in lane.attended.live()]
         self.lanes.setdefault(width, Lane(width)).add([one], state, attended)
+
+    @torch.inference_mode()
+    def largest_memory(self) -> int:
+        """Bytes that decoding takes at most, beside the weights, with every row in use.
+
+        rows * (4 * state + 2 * logits) + 2 * rows * longest source * attended: state is read,
+        written and reordered, tables grow by doubling, and logits are looked at block by block.
+        """
+        one = [[self.model.eos_id]]
+        memory, state = encode_batch(self.model, one, self.device)
+        attended = sum(t.nbytes for t in memory.attended)  # of one source token
+        row = 4 * sum(t.nbytes for t in state)
+        row += 2 * self.model.target_vocabulary * state[0].element_size()
+        return self.capacity * (row + 2 * self.model.max_source_length * attended)
 
 
 def failed(sentence: Sentence, error: Exception) -> Event:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from handler.decoding.model import SequenceModel
 from handler.decoding.rows import Rows
-from handler.decoding.selection import NEVER, candidates
-from handler.decoding.sentence import Sentence
+from handler.decoding.selection import candidates
+from handler.decoding.sentence import NEVER, Sentence
 
 
 class Lane:
@@ -65,19 +65,29 @@ class Lane:
         previous = torch.tensor(last, device=never.device)  # [N, K]
         memory = memory._replace(attended=self.attended.live(longest))
         flat = [t.flatten(0, 1) for t in self.state.live()]  # [N*K, ...]
-        logits, flat = model.step(previous, flat, memory)
+        logits, flat, attention = model.step(previous, flat, memory)
         shape = previous.shape
         self.state.replace([t.view(*shape, *t.shape[1:]) for t in flat])
         logits.index_fill_(2, never, NEVER)
         chosen = candidates(logits, self.sentences, model.eos_id)
-        return [one.take(best, model.eos_id) for one, best in zip(self.sentences, chosen)]
+        return [
+            one.take(best, model.eos_id, attention[i])
+            for i, (one, best) in enumerate(zip(self.sentences, chosen))
+        ]
 
     def reorder(self, parents: list[list[int]]) -> None:
-        """Put each sentence's rows into the order of its hypotheses, where that has changed."""
-        same = list(range(self.width))
-        moved = [i for i, one in enumerate(parents) if one and one != same]
+        """Put each sentence's rows into the order of its hypotheses; rows that stay where they
+        are, are not touched."""
+        k = self.width
+        moved = [
+            (i * k + place, i * k + parent)
+            for i, one in enumerate(parents)
+            for place, parent in enumerate(one)
+            if place != parent
+        ]
         if not moved:
             return
         for t in self.state.tensors:
-            for i in moved:
-                t[i] = t[i][parents[i]]
+            to, origin = torch.tensor(moved, device=t.device).unbind(1)
+            flat = t.view(-1, *t.shape[2:])  # [N*K, ...]
+            flat.index_copy_(0, to, flat.index_select(0, origin))

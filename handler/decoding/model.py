@@ -5,7 +5,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# oneDNN's operators that model.pt names. A build of torch without oneDNN (macOS) has to know them
+# to load it, and never calls them.
+ONEDNN = {
+    "mkldnn::_reorder_linear_weight": "(Tensor self, int? batch_size=None) -> Tensor",
+    "mkldnn::_linear_pointwise": "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, "
+    "str? algorithm) -> Tensor Y",
+}
 
 
 class SourceLengthError(ValueError):
@@ -27,6 +34,7 @@ class SequenceModel(Protocol):
     target_vocabulary: int
     max_source_length: int
     max_target_length: int
+    has_attention: bool
     card: str  # JSON
 
     def encode(self, source: Tensor, lengths: Tensor) -> Any: ...
@@ -35,15 +43,16 @@ class SequenceModel(Protocol):
 
     def step(
         self, previous: Tensor, state: list[Tensor], memory: Any
-    ) -> tuple[Tensor, list[Tensor]]: ...
+    ) -> tuple[Tensor, list[Tensor], Tensor]: ...
 
 
 def load(path: str, device: torch.device) -> Any:
-    """The TorchScript model at `path`.
+    """The TorchScript model at `path`, laid out for `device`.
 
     Raises:
         ValueError: a file of another format version.
     """
+    declare(ONEDNN)
     model = torch.jit.load(path, map_location=device)
     version = getattr(model, "format_version", None)
     if version != FORMAT_VERSION:
@@ -51,7 +60,22 @@ def load(path: str, device: torch.device) -> Any:
             f"{path}: format version {version}; this code reads version {FORMAT_VERSION}: "
             "export the model again with the code that serves it"
         )
-    return model.eval()
+    return packed(model.eval(), device)
+
+
+def declare(operators: dict[str, str]) -> None:
+    """Make operators known by name and schema, where this build of torch lacks them."""
+    for name, schema in operators.items():
+        namespace, _, short = name.partition("::")
+        if not hasattr(getattr(torch.ops, namespace), short):
+            torch.library.define(name, schema)
+
+
+def packed(model: Any, device: torch.device) -> Any:
+    """`model` with the weights of its steps in the layout that `device` multiplies fastest."""
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        model.pack()
+    return model
 
 
 def encode_batch(

@@ -8,13 +8,18 @@ from typing import Literal
 class DecodingOptions:
     """Options of one request, the same for all its sentences. Letters as in `model`.
 
+    Hypotheses are compared by their score, s(Y) = log P(Y | X) / lp(L, a) + b * cp(X, Y).
+
     beam_size: K hypotheses kept. 1 is greedy search, or sampling.
     n_best: hypotheses answered, best first; at most beam_size.
-    max_length, min_length: target tokens, EOS not counted. Null stands for
-        min(3 * source tokens + 10, the model's limit), which stops a model that repeats itself.
-    length_penalty: a of lp(L, a), by which the sum of log probabilities is divided when hypotheses
-        are compared; L counts EOS. 0 compares sums, as arXiv 1409.3215 does.
+    max_length: most target tokens, EOS not counted. Null stands for min(3 * source tokens + 10,
+        the model's limit), which stops a model that repeats itself.
+    min_length: fewest target tokens, EOS not counted; at most max_length.
+    length_penalty: a of lp(L, a); L counts EOS. 0 compares sums, as arXiv 1409.3215 does.
     length_penalty_form: power: lp = L^a. gnmt: lp = ((5 + L) / 6)^a (arXiv 1609.08144, eq. 14).
+    coverage_penalty: b of cp = sum over source tokens i of log min(sum over j of p_ij, 1), where
+        p_ij is the attention that target token j pays to i (eq. 15 there); EOS is a token of the
+        target, not of the source. Needs a model with attention.
     no_repeat_ngram_size: no n-gram of this size occurs twice (arXiv 1705.04304, 2.5); 0: any may.
     repetition_penalty: logits of tokens that occurred are divided by it where positive, and
         multiplied where negative (arXiv 1909.05858, 4.1); 1: none.
@@ -23,8 +28,10 @@ class DecodingOptions:
     top_k: draw from the k likeliest tokens; 0: from all.
     top_p: draw from the fewest likeliest tokens whose probabilities reach p (arXiv 1904.09751).
     seed: of the draws; the same seed draws the same, whatever else is decoded. Null: any.
-    return_scores: tell each hypothesis' sum of log probabilities over lp(L, a).
-    return_tokens: tell each hypothesis' pieces.
+    max_time: seconds after which what there is is answered, with finish_reason "time": finished
+        hypotheses first, then unfinished ones, the likeliest first. Null: no limit.
+    return_scores: tell each hypothesis' score.
+    return_alignments: tell the attention of each target token over the source tokens.
     """
 
     beam_size: int = field(default=1, metadata={"minimum": 1, "maximum": 64})
@@ -33,6 +40,7 @@ class DecodingOptions:
     min_length: int = field(default=0, metadata={"minimum": 0})
     length_penalty: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 10.0})
     length_penalty_form: Literal["power", "gnmt"] = "power"
+    coverage_penalty: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 10.0})
     no_repeat_ngram_size: int = field(default=0, metadata={"minimum": 0, "maximum": 100})
     repetition_penalty: float = field(default=1.0, metadata={"minimum": 0.01, "maximum": 100.0})
     sampling: bool = False
@@ -40,8 +48,9 @@ class DecodingOptions:
     top_k: int = field(default=0, metadata={"minimum": 0})
     top_p: float = field(default=1.0, metadata={"above": 0.0, "maximum": 1.0})
     seed: int | None = field(default=None, metadata={"minimum": 0, "maximum": 2**63 - 1})
+    max_time: float | None = field(default=None, metadata={"above": 0.0, "maximum": 3600.0})
     return_scores: bool = False
-    return_tokens: bool = False
+    return_alignments: bool = False
 
     def __post_init__(self) -> None:
         if self.n_best > self.beam_size:
@@ -62,6 +71,10 @@ class DecodingOptions:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)} without sampling; allowed: with sampling"
                 )
+
+    @property
+    def reads_attention(self) -> bool:
+        return self.return_alignments or self.coverage_penalty > 0
 
     def length_normaliser(self, length: int) -> float:
         """lp(L, a) of a hypothesis of `length` tokens, EOS counted."""

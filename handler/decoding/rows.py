@@ -1,5 +1,6 @@
 """A table of rows that stays dense while rows come and go."""
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,10 @@ class Rows:
         if not self.tensors:
             self.tensors = [t.new_empty((0, *t.shape[1:])) for t in rows]
         for i, added in enumerate(rows):
+            if not self.padded and self.tensors[i].size(0) == self.count:
+                # A step has just made these: there is no room to keep for others.
+                self.tensors[i] = torch.cat([self.tensors[i], added])
+                continue
             table = self.fitting(self.tensors[i], self.count + new, added)
             place = table[self.count : self.count + new]
             if self.padded:

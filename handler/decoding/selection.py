@@ -5,58 +5,106 @@ import math
 import torch
 from torch import Tensor
 
-from handler.decoding.sentence import Sentence
+from handler.decoding.sentence import NEVER, Sentence
 
-NEVER = float("-inf")
+BLOCK = 64  # logits that the first stage of top-k looks at together
+BLOCKED_FROM = 2048  # vocabulary from which two stages are faster than one
+NUCLEUS = 256  # most likely tokens that top-p looks at before it sorts the whole vocabulary
+
+Candidate = tuple[float, int, int]
 
 
-def candidates(
-    logits: Tensor, sentences: list[Sentence], eos: int
-) -> list[list[tuple[float, int, int]]]:
-    """The best 2K continuations of each sentence; one in greedy search; one drawn in sampling.
+def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list[Candidate]]:
+    """The best 2K continuations of each sentence; one in greedy search; one drawn in sampling; the
+    one that a prefix demands.
 
     Args:
         logits: float [N, K, V], where K hypotheses of each sentence are live; changed in place.
 
     Returns:
-        (log probability of the whole, parent in 0..K-1, token), best first, for each sentence. The
-        first is NaN where the model's own probabilities are not finite.
+        (log probability of the whole, parent in 0..K-1, token), best first, for each sentence;
+        none where the model's own logits are not finite. The log probability is NaN where it
+        decides nothing and was not asked for, and -inf where the options forbid every token.
     """
     for i, sentence in enumerate(sentences):
         if sentence.options.repetition_penalty != 1.0:
             penalise_repetition(logits[i], sentence)
-    # The normaliser once a row, instead of a log-softmax over V.
-    normaliser = logits.logsumexp(2, keepdim=True)  # [N, K, 1]
+    scored = [one.options.beam_size > 1 or one.options.return_scores for one in sentences]
+    # The normaliser once a row, and only where somebody needs it, instead of a log-softmax over V.
+    normaliser = logits.logsumexp(2) if any(scored) else None  # [N, K]
     for i, sentence in enumerate(sentences):
         if sentence.options.min_length or sentence.options.no_repeat_ngram_size:
             forbid(logits[i], sentence, eos)
-    counts = [considered(sentence) for sentence in sentences]
-    most = max(counts)
-    # Two stages: the best of each row, then the best of the sentence among those. NaN is greatest.
-    if most == 1:
-        values, tokens = logits.max(2, keepdim=True)  # several times as fast as topk
+    counts = [considered(one) for one in sentences]
+    values, tokens = top(logits, max(counts))  # [N, K, 2K], best first; NaN is greatest
+    rows, choices = values.size(1), values.size(2)
+    if normaliser is not None:
+        so_far = torch.tensor(
+            [[h.log_probability if known else 0.0 for h in one.live]
+             for one, known in zip(sentences, scored)],
+            device=logits.device, dtype=logits.dtype,
+        )  # [N, K]
+        values = values + (so_far - normaliser).unsqueeze(2)
+    values, tokens = values.flatten(1), tokens.flatten(1)  # [N, K*2K]
+    if rows == 1:
+        places = torch.arange(choices).expand(len(sentences), -1).tolist()
     else:
-        values, tokens = logits.topk(min(most, logits.size(2)), 2)  # [N, K, 2K]
-    so_far = torch.tensor(
-        [[one.log_probability for one in sentence.live] for sentence in sentences],
-        device=logits.device, dtype=logits.dtype,
-    ).unsqueeze(2)  # [N, K, 1]
-    totals = (so_far + values - normaliser).flatten(1)  # [N, K*2K]
-    best, place = totals.topk(min(most, totals.size(1)), 1)  # [N, 2K]
-    parents = place // values.size(2)
-    chosen = tokens.flatten(1).gather(1, place)
-    rows = zip(best.tolist(), parents.tolist(), chosen.tolist())
-    found = [list(zip(*row))[:count] for row, count in zip(rows, counts)]
+        # The best of each row first, then the best of the sentence among those.
+        values, place = values.topk(min(max(counts), values.size(1)), 1)  # [N, 2K]
+        tokens = tokens.gather(1, place)
+        places = place.tolist()
+    best = [
+        [(value, where // choices, token) for value, where, token in zip(*each)][:count]
+        for *each, count in zip(values.tolist(), places, tokens.tolist(), counts)
+    ]
+    replaced = forced(logits, sentences) | drawn(logits, sentences, best)
     for i, sentence in enumerate(sentences):
-        if sentence.options.sampling and not math.isnan(found[i][0][0]):
-            found[i] = [drawn(logits[i, 0], float(normaliser[i, 0, 0]), sentence)]
-    return found
+        value = best[i][0][0]
+        if math.isnan(value) or value == math.inf:
+            best[i] = []
+        elif i in replaced and value != NEVER:
+            token = replaced[i]
+            whole = math.nan
+            if scored[i] and normaliser is not None:
+                so_far_here = sentence.live[0].log_probability
+                whole = so_far_here + float(logits[i, 0, token]) - float(normaliser[i, 0])
+            best[i] = [(whole, 0, token)]
+        elif not scored[i] and value != NEVER:
+            best[i] = [(math.nan, 0, best[i][0][2])]
+    return best
 
 
 def considered(sentence: Sentence) -> int:
     """How many continuations a sentence may need: 2K, of which at most K end it, leave K."""
-    width = sentence.options.beam_size
+    width = sentence.width
     return 1 if width == 1 else 2 * width
+
+
+def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The greatest `count` of [N, K, V], and where they are: [N, K, min(count, V)] each, sorted.
+
+    In two stages: a value among the greatest is in one of the `count` blocks that have the
+    greatest maxima. Which way is taken depends on V alone, never on the rows beside one.
+    """
+    n, k, vocabulary = logits.shape
+    count = min(count, vocabulary)
+    blocks = vocabulary // BLOCK
+    if vocabulary < BLOCKED_FROM or count > blocks:
+        if count == 1:
+            values, tokens = logits.max(2, keepdim=True)
+            return values, tokens
+        values, tokens = logits.topk(count, 2)
+        return values, tokens
+    whole = logits[:, :, : blocks * BLOCK].unflatten(2, (blocks, BLOCK))
+    _, block = whole.amax(3).topk(count, 2)  # [N, K, count]
+    found = whole.gather(2, block.unsqueeze(3).expand(n, k, count, BLOCK)).flatten(2)
+    tokens = (block.unsqueeze(3) * BLOCK + torch.arange(BLOCK, device=logits.device)).flatten(2)
+    if blocks * BLOCK < vocabulary:  # what is left over is one more block
+        rest = torch.arange(blocks * BLOCK, vocabulary, device=logits.device)
+        found = torch.cat([found, logits[:, :, blocks * BLOCK :]], 2)
+        tokens = torch.cat([tokens, rest.expand(n, k, -1)], 2)
+    values, place = found.topk(count, 2)
+    return values, tokens.gather(2, place)
 
 
 def penalise_repetition(logits: Tensor, sentence: Sentence) -> None:
@@ -71,6 +119,8 @@ def penalise_repetition(logits: Tensor, sentence: Sentence) -> None:
 
 def forbid(logits: Tensor, sentence: Sentence, eos: int) -> None:
     """Put what the options rule out at -inf; logits [K, V] of one sentence."""
+    if sentence.forced is not None:
+        return
     options = sentence.options
     length = len(sentence.live[0].tokens)
     if length < options.min_length:
@@ -93,15 +143,66 @@ def continuations(tokens: list[int], size: int) -> set[int]:
     }
 
 
-def drawn(logits: Tensor, normaliser: float, sentence: Sentence) -> tuple[float, int, int]:
-    """A token drawn from logits [V]; its log probability is the model's own, undrawn."""
-    options = sentence.options
-    count = min(options.top_k or logits.size(0), logits.size(0))
-    values, tokens = logits.topk(count)  # sorted: the draw depends on the row alone
-    shares = torch.softmax(values.double() / options.temperature, 0).cumsum(0)  # [count]
-    kept = int((shares < options.top_p).sum()) + 1
-    bound = float(shares[min(kept, count) - 1])
-    place = int((shares <= sentence.draw.random() * bound).sum())
-    place = min(place, kept - 1, count - 1)
-    whole = sentence.live[0].log_probability + float(values[place]) - normaliser
-    return whole, 0, int(tokens[place])
+def forced(logits: Tensor, sentences: list[Sentence]) -> dict[int, int]:
+    """The token that the prefix of sentence i demands, by i."""
+    due = ((i, one.forced) for i, one in enumerate(sentences) if one.prefix)
+    return {i: token for i, token in due if token is not None}
+
+
+def drawn(
+    logits: Tensor, sentences: list[Sentence], best: list[list[Candidate]]
+) -> dict[int, int]:
+    """A token drawn for sentence i, by i, where it samples and has finite logits [N, 1, V].
+
+    One number is drawn for each token of a sentence, so that its draws depend on nothing else.
+    """
+    asking = [
+        i for i, one in enumerate(sentences)
+        if one.options.sampling and one.forced is None and math.isfinite(best[i][0][0])
+    ]
+    # Apart, so that how a sentence is drawn does not depend on what others ask for.
+    narrow = [i for i in asking if sentences[i].options.top_k or sentences[i].options.top_p < 1]
+    wide = [i for i in asking if i not in narrow]
+    return {
+        i: token
+        for group, draw in ((wide, draw_from_all), (narrow, draw_from_likeliest))
+        if group
+        for i, token in zip(group, draw(*tempered(logits, sentences, group)))
+    }
+
+
+def tempered(
+    logits: Tensor, sentences: list[Sentence], group: list[int]
+) -> tuple[Tensor, Tensor, list[Sentence]]:
+    """For M sentences: logits over temperature [M, V], a number of 0..1 for each [M, 1]; double."""
+    chosen = [sentences[i] for i in group]
+    heat = [one.options.temperature for one in chosen]
+    luck = [one.draw.random() for one in chosen]
+    temperature, number = torch.tensor([heat, luck], device=logits.device, dtype=torch.double)
+    return logits[group, 0].double() / temperature.unsqueeze(1), number.unsqueeze(1), chosen
+
+
+def draw_from_all(scaled: Tensor, luck: Tensor, sentences: list[Sentence]) -> list[int]:
+    """Inverse of the distribution function, over the vocabulary in its own order."""
+    shares = torch.softmax(scaled, 1).cumsum(1)  # [M, V]
+    place = torch.searchsorted(shares, luck * shares[:, -1:], right=True).squeeze(1)
+    return [min(token, scaled.size(1) - 1) for token in place.tolist()]
+
+
+def draw_from_likeliest(scaled: Tensor, luck: Tensor, sentences: list[Sentence]) -> list[int]:
+    """The same over the k likeliest, of them the fewest that reach p, likeliest first."""
+    vocabulary = scaled.size(1)
+    chosen: list[int] = []
+    for row, one, share in zip(scaled, sentences, luck.squeeze(1).tolist()):
+        most, p = min(one.options.top_k or vocabulary, vocabulary), one.options.top_p
+        # Without a k the nucleus is mostly small; the whole is only sorted where it is not.
+        for count in (most if one.options.top_k else min(NUCLEUS, most), most):
+            values, tokens = row.topk(count)
+            total = (values if count == most else row).logsumexp(0)
+            shares = (values - total).exp().cumsum(0)  # [count]
+            if float(shares[-1]) >= p:
+                break
+        kept = min(int((shares < p).sum()) + 1, count)
+        place = int((shares <= share * float(shares[kept - 1])).sum())
+        chosen.append(int(tokens[min(place, kept - 1)]))
+    return chosen

@@ -1,0 +1,186 @@
+"""The shapes of request and answer: our own, plain text, and KServe's two.
+
+TorchServe 0.12 sends `/predictions/seq2seq`, `/v1/models/seq2seq:predict` and
+`/v2/models/seq2seq/infer` to the same handler and does not say which it was, so a body's own
+shape is its door. A door takes texts and options out of a body and gives an answer its shape.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from handler.fields import FieldError, shown
+
+Answer = dict[str, Any]  # {"translations", "model", "usage"}: docs/rest.md
+
+
+class Door:
+    """One shape. `mark` is the field that only requests of this shape have."""
+
+    mark: ClassVar[str] = "text"
+    streams: ClassVar[bool] = False
+    content_type: ClassVar[str] = "application/json"
+
+    @classmethod
+    def enter(cls, given: Mapping[str, Any]) -> "tuple[list[str], dict[str, Any], Door]":
+        """Texts, options and the door of a body.
+
+        Raises:
+            FieldError: the field that is not as it should be.
+        """
+        raise FieldError("text", "missing; allowed: a string or a list of strings")
+
+    def leave(self, answer: Answer) -> str:
+        """The body of an answer."""
+        return json.dumps(answer, ensure_ascii=False)
+
+    def refuse(self, error: Mapping[str, Any]) -> str:
+        """The body of an error, {"code", "type", "message"}."""
+        return json.dumps(error)
+
+
+@dataclass(frozen=True)
+class Native(Door):
+    """`{"text": "..." or ["...", ...], <options>}`."""
+
+    streams = True
+
+    @classmethod
+    def enter(cls, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], Door]:
+        if "text" not in given:
+            raise FieldError("text", "missing; allowed: a string or a list of strings")
+        texts = given["text"]
+        if isinstance(texts, str):
+            texts = [texts]
+        options = {key: value for key, value in given.items() if key != "text"}
+        return strings(texts, "text"), options, cls()
+
+
+@dataclass(frozen=True)
+class PlainText(Door):
+    """One sentence a line in, one a line out."""
+
+    content_type = "text/plain; charset=utf-8"
+
+    def leave(self, answer: Answer) -> str:
+        best = (one[0]["text"] for one in answer["translations"])
+        return "".join(text.replace("\n", " ") + "\n" for text in best)
+
+
+@dataclass(frozen=True)
+class KServeV1(Door):
+    """`{"instances": ["..." or {"text": "..."}, ...], "parameters": {<options>}}`; the answer is
+    `{"predictions": [...]}` with the translations of each instance."""
+
+    mark = "instances"
+
+    @classmethod
+    def enter(cls, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], Door]:
+        only(given, ("instances", "parameters"))
+        texts = given["instances"]
+        if isinstance(texts, list):
+            texts = [
+                one["text"] if isinstance(one, Mapping) and list(one) == ["text"] else one
+                for one in texts
+            ]
+        return strings(texts, "instances"), parameters(given), cls()
+
+    def leave(self, answer: Answer) -> str:
+        return json.dumps({"predictions": answer["translations"]}, ensure_ascii=False)
+
+    def refuse(self, error: Mapping[str, Any]) -> str:
+        return json.dumps({"error": error["message"], **error})
+
+
+@dataclass(frozen=True)
+class OpenInference(KServeV1):
+    """The Open Inference Protocol v2: one input tensor of BYTES [N] or [N, 1]; the answer has a
+    tensor [N, n_best] for each thing told of a translation."""
+
+    mark = "inputs"
+    id: str | None = None
+
+    @classmethod
+    def enter(cls, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], Door]:
+        only(given, ("id", "inputs", "parameters"))
+        name = given.get("id")
+        if name is not None and (not isinstance(name, str) or len(name) > 256):
+            raise FieldError("id", f"got {shown(name)}; allowed: at most 256 characters")
+        inputs = given["inputs"]
+        if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], Mapping):
+            raise FieldError("inputs", f"got {shown(inputs)}; allowed: a list of one tensor")
+        tensor = inputs[0]
+        only(tensor, ("name", "shape", "datatype", "data", "parameters"), "inputs[0]")
+        if tensor.get("datatype") != "BYTES":
+            raise FieldError(
+                "inputs[0].datatype", f"got {shown(tensor.get('datatype'))}; allowed: 'BYTES'"
+            )
+        data = tensor.get("data")
+        if isinstance(data, list) and data and all(isinstance(row, list) for row in data):
+            data = [one for row in data for one in row]
+        texts = strings(data, "inputs[0].data")
+        shape = tensor.get("shape")
+        if shape not in ([len(texts)], [len(texts), 1]):
+            raise FieldError(
+                "inputs[0].shape",
+                f"got {shown(shape)}; allowed for {len(texts)} strings: [{len(texts)}] or "
+                f"[{len(texts)}, 1]",
+            )
+        return texts, parameters(given), cls(name)
+
+    def leave(self, answer: Answer) -> str:
+        translations = answer["translations"]
+        shape = [len(translations), max(len(one) for one in translations)]
+        # Every text has equally many: what a beam did not find is filled with its last.
+        rows = [one + [one[-1]] * (shape[1] - len(one)) for one in translations]
+        flat = [one for row in rows for one in row]
+        outputs = [
+            tensor("translation" if name == "text" else name, shape, [one[name] for one in flat])
+            for name in flat[0]
+        ]
+        body = {
+            "model_name": answer["model"]["name"],
+            "model_version": answer["model"]["version"],
+            "outputs": outputs,
+        }
+        if self.id is not None:
+            body["id"] = self.id
+        return json.dumps(body, ensure_ascii=False)
+
+
+DOORS: tuple[type[Door], ...] = (Native, KServeV1, OpenInference)
+
+
+def tensor(name: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
+    """An output tensor; what is neither text nor number is JSON in a string."""
+    if isinstance(data[0], float):
+        return {"name": name, "shape": shape, "datatype": "FP32", "data": data}
+    told = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in data]
+    return {"name": name, "shape": shape, "datatype": "BYTES", "data": told}
+
+
+def strings(given: object, where: str) -> list[str]:
+    """At least one string, as a list."""
+    if not isinstance(given, list) or not given:
+        raise FieldError(
+            where, f"got {shown(given)}; allowed: a string or a list of at least one string"
+        )
+    for i, one in enumerate(given):
+        if not isinstance(one, str):
+            raise FieldError(f"{where}[{i}]", f"got {shown(one)}; allowed: a string")
+    return given
+
+
+def parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    options = given.get("parameters", {})
+    if not isinstance(options, Mapping):
+        raise FieldError("parameters", f"got {shown(options)}; allowed: a mapping of options")
+    return dict(options)
+
+
+def only(given: Mapping[str, Any], known: tuple[str, ...], where: str = "") -> None:
+    for key in given:
+        if key not in known:
+            name = f"{where}.{shown(key)}" if where else shown(key)
+            raise FieldError(name, f"unknown; allowed: {', '.join(known)}")

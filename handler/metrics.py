@@ -1,0 +1,58 @@
+"""What the service counts, and when it is told.
+
+Each figure that is told costs TorchServe a line on the worker's standard output, so observations
+are summed up here and told together, at most once in `INTERVAL`, whatever the load.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+INTERVAL = 1.0  # seconds; Prometheus reads every 15
+PREFIX = "seq2seq_"
+# Seconds; upper bounds of buckets. A step is a hundredth of a sentence.
+STEP_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+WAIT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+Kind = Literal["counter", "gauge"]
+Series = tuple[str, tuple[str, ...], tuple[str, ...]]  # name, label names, label values
+# name, kind, label names, label values, value: an increment of a counter, or a gauge as it is
+Sink = Callable[[str, Kind, Sequence[str], Sequence[str], float], None]
+
+
+class Metrics:
+    """Counters, histograms and gauges. One thread may count while another tells."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: defaultdict[Series, float] = defaultdict(float)
+        self._told: dict[str, float] = {}
+
+    def count(self, name: str, value: float = 1, **labels: str) -> None:
+        """Add to the counter `name`."""
+        with self._lock:
+            self._counts[name, tuple(labels), tuple(labels.values())] += value
+
+    def observe(self, name: str, seconds: float, buckets: Sequence[float]) -> None:
+        """Add to the histogram `name`: counters name_bucket, name_sum and name_count, which is
+        what Prometheus makes of its own histograms. TorchServe's have fixed buckets, and take a
+        line for each observation."""
+        with self._lock:
+            for bound in buckets:
+                if seconds <= bound:
+                    self._counts[f"{name}_bucket", ("le",), (f"{bound:g}",)] += 1
+            self._counts[f"{name}_bucket", ("le",), ("+Inf",)] += 1
+            self._counts[f"{name}_sum", (), ()] += seconds
+            self._counts[f"{name}_count", (), ()] += 1
+
+    def tell(self, sink: Sink, gauges: dict[str, float]) -> None:
+        """Give `sink` what was counted since the last call, and the gauges that have changed."""
+        with self._lock:
+            counts, self._counts = self._counts, defaultdict(float)
+        for (name, labels, values), value in counts.items():
+            sink(PREFIX + name, "counter", labels, values, value)
+        for name, value in gauges.items():
+            if self._told.get(name) != value:
+                self._told[name] = value
+                sink(PREFIX + name, "gauge", (), (), value)

@@ -1,0 +1,84 @@
+"""Lines of text through the engine that serves: in order, in bounded memory, whatever their number.
+
+What is told of a line is what the server would answer for it.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from handler.answer import Narrator, Part
+from handler.decoding import Engine, SequenceModel
+from handler.decoding.model import packed
+from handler.decoding.offline import in_order
+from handler.request import RequestOptions
+from handler.sentences import Segment, split
+from handler.tokenizer import Tokenizer
+
+ROWS = 64  # hypotheses decoded together offline
+
+
+class LineError(ValueError):
+    """A line that cannot be translated; the message names its number."""
+
+
+def translations(
+    model: SequenceModel,
+    source: Tokenizer,
+    target: Tokenizer,
+    lines: Iterable[str],
+    options: RequestOptions,
+    device: torch.device,
+    rows: int = ROWS,
+) -> Iterator[list[dict[str, Any]]]:
+    """The n best translations of each line, in order, as the server tells them; a blank line stays
+    blank.
+
+    Raises:
+        LineError: a line that cannot be translated, after all before it.
+    """
+    engine = Engine(packed(model, device), max(rows, options.beam_size), device)
+    narrator = Narrator(source, target, {})
+    prefix = target.encode(options.prefix or "")
+    wrong: list[LineError] = []
+
+    def parts() -> Iterator[Part]:
+        try:
+            for number, line in enumerate(lines, 1):
+                yield part_of(line, number)
+        except LineError as error:  # of a line read ahead: those before it come first
+            wrong.append(error)
+
+    def part_of(line: str, number: int) -> Part:
+        """A line in sentences that can be decoded."""
+        segments = split(line) if options.split else [Segment(line.strip(), "")]
+        sources: list[list[int]] = []
+        for text in (one.text for one in segments if one.text):
+            ids = source.encode(text)
+            if len(ids) + 1 > model.max_source_length:
+                raise LineError(
+                    f"line {number}: {len(ids)} tokens; the model reads at most "
+                    f"{model.max_source_length - 1}: split the line into sentences"
+                )
+            sources.append([*ids, model.eos_id] if ids else [])
+            try:
+                if ids:
+                    engine.check(sources[-1], options, len(prefix))
+            except ValueError as error:
+                raise LineError(f"line {number}: {error}") from None
+        return Part(segments, [None] * len(sources), sources)
+
+    def admit(part: Part) -> list[int]:
+        for i, ids in enumerate(part.sources):
+            if ids:
+                part.sentences[i] = engine.admit(ids, options, prefix if i == 0 else [])
+        return [one for one in part.sentences if one is not None]
+
+    for number, (part, events) in enumerate(in_order(engine, parts(), admit), 1):
+        failed = next((one.error for one in events if one.error is not None), None)
+        if failed is not None:
+            raise LineError(f"line {number}: {failed}")
+        yield narrator.translations(part, {one.sentence: one for one in events}, options)
+    if wrong:
+        raise wrong[0]
