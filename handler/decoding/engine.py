@@ -11,10 +11,12 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from handler.decoding.lane import Lane
 from handler.decoding.model import SequenceModel, SourceLengthError, encode_batch
@@ -22,6 +24,34 @@ from handler.decoding.options import DecodingOptions
 from handler.decoding.sentence import Event, Sentence
 
 logger = logging.getLogger(__name__)
+
+ENCODED_AHEAD = 16  # sentences; see `Engine.fill`
+
+
+@dataclass
+class Encoded:
+    """Sentences that were encoded together and enter as rows become free."""
+
+    sentences: list[Sentence]
+    state: list[Tensor]  # [N, 1, ...]
+    attended: list[Tensor]  # [N, S, ...]
+    entered: int = 0  # of `sentences`, or cancelled
+
+    @property
+    def done(self) -> bool:
+        return self.entered == len(self.sentences)
+
+    def next(self, alive: Container[int], free: int) -> list[int]:
+        """Places of the sentences that fit into `free` rows, which have then entered."""
+        places: list[int] = []
+        for one in self.sentences[self.entered :]:
+            if one.id in alive:
+                if one.options.beam_size > free:
+                    break
+                free -= one.options.beam_size
+                places.append(self.entered)
+            self.entered += 1
+        return places
 
 
 class Engine:
@@ -60,6 +90,7 @@ class Engine:
         self.live_count = 0
         self.next_deadline = math.inf
         self.lanes: dict[int, Lane] = {}  # by width
+        self.encoded: Encoded | None = None
         self.memory: Any = None  # of the model's own type; holds no tensors between steps
         self.never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
 
@@ -212,31 +243,55 @@ class Engine:
         return [one.event() for one in over]
 
     def fill(self) -> list[Event]:
-        """Encode waiting sentences into free rows, in their turn."""
+        """Put waiting sentences into free rows, in their turn.
+
+        Rows become free one by one, and encoding a single sentence takes nearly as long as
+        encoding several; so the next `ENCODED_AHEAD` are encoded together.
+        """
+        events: list[Event] = []
+        while self.encoded is not None or self.waiting:
+            if self.encoded is None:
+                events += self.encode()
+                continue
+            new = self.encoded.next(self.sentences, self.capacity - self.rows_in_use)
+            if new:
+                sentences = [self.encoded.sentences[i] for i in new]
+                try:
+                    self.lanes.setdefault(1, Lane(1)).add(
+                        sentences,
+                        [t[new] for t in self.encoded.state],
+                        [t[new] for t in self.encoded.attended],
+                    )
+                except RuntimeError as error:
+                    logger.exception("no room for a sentence")
+                    events += [failed(one, error) for one in sentences]
+                else:
+                    self.rows_in_use += sum(one.options.beam_size for one in sentences)
+                    self.live_count += len(sentences)
+            if not self.encoded.done:
+                break
+            self.encoded = None
+            if self.rows_in_use == self.capacity:
+                break
+        return events
+
+    def encode(self) -> list[Event]:
+        """Encode the sentences whose turn is next."""
         new: list[Sentence] = []
-        free = self.capacity - self.rows_in_use
-        while self.waiting:
-            turn, first = self.waiting[0]
-            sentence = self.sentences.get(first)
-            if sentence is not None:
-                if sentence.options.beam_size > free:
-                    break
-                free -= sentence.options.beam_size
-                new.append(sentence)
-                self.turn = turn
-            heapq.heappop(self.waiting)
+        most = max(ENCODED_AHEAD, self.capacity - self.rows_in_use)
+        while self.waiting and len(new) < most:
+            self.turn, first = heapq.heappop(self.waiting)
+            if first in self.sentences:
+                new.append(self.sentences[first])
         if not new:
             return []
         try:
             memory, state = encode_batch(self.model, [one.source for one in new], self.device)
-            first_state = [t.unsqueeze(1) for t in state]  # [N, 1, ...]
-            self.lanes.setdefault(1, Lane(1)).add(new, first_state, memory.attended)
         except RuntimeError as error:
             logger.exception("encoding failed")
             return [failed(one, error) for one in new]
-        self.rows_in_use = self.capacity - free
-        self.live_count += len(new)
         self.memory = memory._replace(attended=[], initial=[])
+        self.encoded = Encoded(new, [t.unsqueeze(1) for t in state], memory.attended)
         return []
 
     def step(self, lane: Lane, events: list[Event]) -> None:
@@ -273,15 +328,17 @@ class Engine:
     def largest_memory(self) -> int:
         """Bytes that decoding takes at most, beside the weights, with every row in use.
 
-        rows * (4 * state + 2 * logits) + 2 * rows * longest source * attended: state is read,
-        written and reordered, tables grow by doubling, and logits are looked at block by block.
+        rows * (4 * state + 2 * logits) + (2 * rows + ahead) * longest source * attended: state is
+        read, written and reordered, tables grow by doubling, logits are looked at in blocks, and
+        some sentences are encoded ahead.
         """
         one = [[self.model.eos_id]]
         memory, state = encode_batch(self.model, one, self.device)
         attended = sum(t.nbytes for t in memory.attended)  # of one source token
         row = 4 * sum(t.nbytes for t in state)
         row += 2 * self.model.target_vocabulary * state[0].element_size()
-        return self.capacity * (row + 2 * self.model.max_source_length * attended)
+        sentences = 2 * self.capacity + max(ENCODED_AHEAD, self.capacity)
+        return self.capacity * row + sentences * self.model.max_source_length * attended
 
 
 def failed(sentence: Sentence, error: Exception) -> Event:

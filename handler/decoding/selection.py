@@ -11,6 +11,8 @@ BLOCK = 64  # logits that the first stage of top-k looks at together
 BLOCKED_FROM = 2048  # vocabulary from which two stages are faster than one
 NUCLEUS = 256  # most likely tokens that top-p looks at before it sorts the whole vocabulary
 
+SCRATCH = 1 << 18  # floats that stay in a processor's cache
+
 Candidate = tuple[float, int, int]
 
 
@@ -31,7 +33,7 @@ def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list
             penalise_repetition(logits[i], sentence)
     scored = [one.options.beam_size > 1 or one.options.return_scores for one in sentences]
     # The normaliser once a row, and only where somebody needs it, instead of a log-softmax over V.
-    normaliser = logits.logsumexp(2) if any(scored) else None  # [N, K]
+    normaliser = normalisers(logits) if any(scored) else None  # [N, K]
     for i, sentence in enumerate(sentences):
         if sentence.options.min_length or sentence.options.no_repeat_ngram_size:
             forbid(logits[i], sentence, eos)
@@ -72,6 +74,13 @@ def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list
         elif not scored[i] and value != NEVER:
             best[i] = [(math.nan, 0, best[i][0][2])]
     return best
+
+
+def normalisers(logits: Tensor) -> Tensor:
+    """log sum exp of each row of [N, K, V], a few rows at a time: a temporary as large as all the
+    logits would be memory fresh from the system at every step, which costs five times as much."""
+    rows = max(1, SCRATCH // (logits.size(1) * logits.size(2)))
+    return torch.cat([some.logsumexp(2) for some in logits.split(rows)])  # [N, K]
 
 
 def considered(sentence: Sentence) -> int:
