@@ -49,7 +49,7 @@ class Seq2SeqHandler:
                 f"handler.require_gpu is true, but the worker was given gpu_id {gpu} and "
                 f"torch sees {torch.cuda.device_count()} GPUs"
             )
-        torch.set_num_threads(options.threads or usable_cpus())
+        torch.set_num_threads(options.threads or max(1, usable_cpus() - 1))
         described = ctx.manifest["model"]
         model = load(str(folder / described["serializedFile"]), device)
         source, target = (Tokenizer(folder / f"{side}.model") for side in ("source", "target"))

@@ -49,12 +49,13 @@ class ServiceOptions:
     max_waiting: sentences that wait for rows; requests beyond get 503.
     max_response_bytes: stays below TorchServe's max_response_size (6,553,500), beyond which the
         frontend kills the worker.
-    threads: of torch on a CPU; null for one for each CPU this process may use.
+    threads: of torch on a CPU; null for one for each CPU this process may use but one, which is
+        left to the frontend: threads that wait for a core they share stall every product.
     require_gpu: refuse to start on a CPU, where falling back would go unnoticed.
     """
 
     rows: int = field(default=64, metadata={"minimum": 1, "maximum": 65536})
-    round_ms: float = field(default=20.0, metadata={"minimum": 0.0, "maximum": 1000.0})
+    round_ms: float = field(default=10.0, metadata={"minimum": 0.0, "maximum": 1000.0})
     max_texts: int = field(default=1024, metadata={"minimum": 1})
     max_sentences: int = field(default=4096, metadata={"minimum": 1})
     max_waiting: int = field(default=16384, metadata={"minimum": 1})

@@ -1,0 +1,191 @@
+"""Decoding alone, without text or server: our engine against other toolkits' LSTMs.
+
+    bash bench/peers/install.sh DIR
+    python -m bench.decoding --peers DIR
+
+Networks of the same sizes with random weights decode the same sentences of 10 to 30 random tokens
+into exactly 25 tokens each. Every system gets the sentences sorted by length and in its own kind of
+batches, and encodes as part of what is timed; text, tokenizers and vocabularies are not. Each
+system is a process of its own; rounds go around them, so that all meet the same machine, and the
+median of each is told. Below the table stands what network each system has.
+
+`floor` is what the matrix products alone of our network would reach in fp32, measured in the same
+rounds: see `bench.peers.floor`, which tells what it counts and what can go below it.
+
+    python -m bench.decoding --model MODEL.pt --source-tokenizer source.model --text test.source
+
+measures a trained model at the lengths that it gives: see `bench.peers.static`.
+"""
+
+import argparse
+import json
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from bench.machine import described
+from bench.peers import static
+from bench.peers.floor import Floor
+from bench.peers.job import SPECIAL, Job, Sizes
+
+ROOT = Path(__file__).parents[1]
+PEERS = {
+    "JoeyNMT": ("joeynmt", "joeynmt_rnn"),
+    "OpenNMT-py": ("opennmt", "opennmt_rnn"),
+    "fairseq": ("fairseq", "fairseq_lstm"),
+}
+OURS = "ours"
+TOKENS = 25  # of each target
+VOCABULARY = 8000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.decoding",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="made by bench/peers/install.sh")
+    parser.add_argument("--sizes", nargs="+", default=["2x512", "4x1000"], metavar="LAYERSxWIDTH")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--batches", type=int, nargs="+", help="default: 1 16 64; of text, 16 64")
+    parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--rounds", type=int, default=3, help="of which the median is told")
+    parser.add_argument("--sentences", type=int, default=512, help="of text: at most this many")
+    parser.add_argument("--sentences-at-1", type=int, help="at batch 1, where all take long")
+    parser.add_argument("--model", type=Path, help="a trained model.pt, instead of random weights")
+    parser.add_argument("--source-tokenizer", type=Path)
+    parser.add_argument("--text", type=Path, help="source sentences for --model, one a line")
+    arguments = parser.parse_args()
+    command = shlex.join(["python", "-m", "bench.decoding", *sys.argv[1:]])
+    if arguments.model is not None:
+        if arguments.source_tokenizer is None or arguments.text is None:
+            parser.error("--model needs --source-tokenizer and --text")
+        print(f"{described()}; `{command}`\n")
+        static.measure(arguments)
+        return
+    if arguments.sentences_at_1 is None:
+        arguments.sentences_at_1 = arguments.sentences
+    print(
+        f"{described()}; `{command}`; target tokens a second, {arguments.sentences} sentences "
+        f"({arguments.sentences_at_1} at batch 1) of 10 to 30 tokens, {TOKENS} target tokens "
+        f"each, vocabulary {VOCABULARY:,}, random weights, fp32, median of "
+        f"{arguments.rounds} rounds\n"
+    )
+    with ExitStack() as stack:
+        runners = {
+            name: stack.enter_context(Runner(name, python, module))
+            for name, python, module in installed(arguments.peers)
+        }
+        compare(runners, list(jobs(arguments)), arguments.rounds)
+
+
+def installed(folder: Path | None) -> Iterator[tuple[str, Path, str]]:
+    """Name, Python and module of each system that can run, ours last."""
+    for name, (place, module) in PEERS.items():
+        python = folder.absolute() / place / "bin" / "python" if folder else None
+        if python is not None and python.exists():
+            yield name, python, module
+        else:
+            print(f"{name}: not installed, left out", file=sys.stderr)
+    yield OURS, Path(sys.executable), "ours"
+
+
+def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """A job for each row of the table; fewer sentences are the first ones of more."""
+    draw = random.Random(1)
+    sources = [
+        [draw.randrange(SPECIAL, VOCABULARY) for _ in range(draw.randint(10, 30))]
+        for _ in range(max(arguments.sentences, arguments.sentences_at_1))
+    ]
+    for size in arguments.sizes:
+        layers, width = map(int, size.split("x"))
+        sizes = Sizes(layers, width, embedding_size=width, vocabulary=VOCABULARY)
+        for threads in arguments.threads:
+            for beam_size in arguments.beams:
+                for batch in arguments.batches or [1, 16, 64]:
+                    count = arguments.sentences_at_1 if batch == 1 else arguments.sentences
+                    yield Job(sizes, sources[:count], TOKENS, batch, beam_size, threads)
+
+
+class Runner:
+    """A system in a process of its own, whose complaints go to standard error."""
+
+    def __init__(self, name: str, python: Path, module: str) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [str(python), "-W", "ignore", "-m", f"bench.peers.{module}"],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+
+    def answer(self, job: Job) -> dict[str, Any]:
+        """What the system says to a job; `error` where it failed."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(job.to_json() + "\n")
+            stdin.flush()
+            line = stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            return {"error": "its process has ended"}
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def compare(runners: dict[str, Runner], work: list[Job], rounds: int) -> None:
+    """Print a row for each job as soon as it is measured, then what the systems are."""
+    peers = [name for name in runners if name != OURS]
+    columns = [*peers, OURS, "ours / best peer", "floor", "ours / floor"]
+    print(f"| size | threads | | batch | {' | '.join(columns)} |")
+    print("|" + "---|" * (4 + len(columns)), flush=True)
+    notes: dict[str, str] = {}
+    for job in work:
+        rates: dict[str, list[float]] = {name: [] for name in [*runners, "floor"]}
+        floor = Floor(job)
+        for _ in range(rounds):
+            for name, runner in runners.items():
+                answer = runner.answer(job)
+                if "error" in answer:
+                    print(f"{name}: {answer['error']}", file=sys.stderr)
+                    continue
+                rates[name].append(answer["tokens_per_second"])
+                notes[f"{answer['system']} ({answer['versions']}): {answer['network']}"] = name
+            rates["floor"].append(floor.tokens_per_second())
+        told = {name: statistics.median(found) for name, found in rates.items() if found}
+        print(row(job, told, peers), flush=True)
+    print("\n" + "\n".join(f"- {note}" for note in sorted(notes, key=lambda note: notes[note])))
+
+
+def row(job: Job, told: dict[str, float], peers: list[str]) -> str:
+    ours, floor = told.get(OURS), told["floor"]
+    best = max((told[name] for name in peers if name in told), default=None)
+    search = "greedy" if job.beam_size == 1 else f"beam {job.beam_size}"
+    cells = [
+        f"{job.sizes.layers}x{job.sizes.hidden_size}", str(job.threads), search, str(job.batch),
+        *(f"{told[name]:.0f}" if name in told else "failed" for name in [*peers, OURS]),
+        f"{ours / best:.2f}" if ours and best else "",
+        f"{floor:.0f}",
+        f"{ours / floor:.0%}" if ours else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
