@@ -75,7 +75,10 @@ def translations(
                 part.sentences[i] = engine.admit(ids, options, prefix if i == 0 else [])
         return [one for one in part.sentences if one is not None]
 
-    for number, (part, events) in enumerate(in_order(engine, parts(), admit), 1):
+    def length(part: Part) -> int:
+        return sum(map(len, part.sources))
+
+    for number, (part, events) in enumerate(in_order(engine, parts(), admit, length), 1):
         failed = next((one.error for one in events if one.error is not None), None)
         if failed is not None:
             raise LineError(f"line {number}: {failed}")
