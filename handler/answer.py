@@ -74,7 +74,7 @@ class Narrator:
         texts = [self.target.decode(one.tokens) for one in results]
         told: dict[str, Any] = {"text": join(part.segments, texts)}
         if options.return_scores:
-            told["score"] = round(sum(one.score or 0.0 for one in results), 4)
+            told["score"] = round(sum((one.score or 0.0 for one in results), 0.0), 4)
         if options.return_tokens:
             told["tokens"] = [p for one in results for p in self.target.pieces(one.tokens)]
         if options.return_alignments:

@@ -7,6 +7,7 @@ REST requests are both read here, so both answer mistakes in the same words.
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -38,7 +39,7 @@ def read(cls: type[Options], given: object, where: str = "") -> Options:
     if not isinstance(given, Mapping):
         problem = f"got {shown(given)}; allowed: a mapping of options"
         raise FieldError(where or "the whole", problem)
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in given:
         if key not in fields:
@@ -56,6 +57,12 @@ def read(cls: type[Options], given: object, where: str = "") -> Options:
     except ValueError as error:
         name, _, problem = str(error).partition(": ")
         raise FieldError(dotted(where, name), problem) from None
+
+
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """The types of a dataclass' fields; resolving them takes as long as tokenizing a sentence."""
+    return typing.get_type_hints(cls)
 
 
 def value_of(

@@ -15,6 +15,7 @@ from typing import Literal
 
 from handler.answer import Narrator, Part, Stream, event
 from handler.decoding import Engine, Event
+from handler.decoding.engine import failed
 from handler.decoding.options import DecodingOptions
 from handler.doors import Door, Native
 from handler.metrics import STEP_BUCKETS, WAIT_BUCKETS, Metrics
@@ -164,7 +165,12 @@ class Service:
     def step(self) -> None:
         """One token of every live sentence."""
         before = self.clock()
-        events = self.engine.advance()
+        try:
+            events = self.engine.advance()
+        except Exception as error:  # the engine minds its model's errors; this is one of its own
+            logger.exception("decoding failed")
+            self.engine.clear()
+            events = [failed(sentence, error) for sentence in self.owner]
         now = self.clock()
         self.metrics.observe("step_seconds", now - before, STEP_BUCKETS)
         for one in events:

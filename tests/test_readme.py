@@ -1,15 +1,19 @@
 """What the README tells a newcomer to type does what it says."""
 
+import dataclasses
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Toy
 
+from handler.request import RequestOptions
 from server.torchserve import ServerOptions, TorchServe
 
 INHERITED = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
@@ -101,6 +105,30 @@ def test_the_python_call_works(server, tmp_path):
         [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == "828172\n", done.stderr
+
+
+REST = (ROOT / "docs" / "rest.md").read_text()
+EXAMPLES = re.search(r"^```json\n(.*?)^```", REST, re.M | re.S)[1].splitlines()
+
+
+@pytest.mark.parametrize("body", EXAMPLES)
+def test_every_example_of_the_reference_is_answered(server, body):
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/predictions/seq2seq", body.encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        assert reply.status == 200
+        assert b'"finish_reason"' in reply.read()
+
+
+@pytest.mark.parametrize("option", dataclasses.fields(RequestOptions), ids=lambda one: one.name)
+def test_every_option_is_in_the_reference_with_its_default_and_an_example(option):
+    (row,) = re.findall(rf"^\| `{option.name}` \|(.*)\|$", REST, re.M)
+    default = row.split("|")[1].strip().strip("`")
+    assert default == json.dumps(option.default).strip('"').removesuffix(".0")
+    assert any(f'"{option.name}":' in example for example in EXAMPLES)
+    for limit in ("minimum", "maximum", "longest"):
+        if limit in option.metadata and option.metadata[limit] < 2**62:
+            assert f"{option.metadata[limit]:,}".removesuffix(".0") in row.split("|")[0]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

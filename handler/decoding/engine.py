@@ -172,6 +172,14 @@ class Engine:
                     self.release(one)
                     return
 
+    def clear(self) -> None:
+        """Forget every sentence."""
+        self.sentences.clear()
+        self.waiting.clear()
+        self.lanes.clear()
+        self.encoded = None
+        self.rows_in_use = self.live_count = 0
+
     def release(self, sentence: Sentence) -> None:
         self.rows_in_use -= sentence.options.beam_size
         self.live_count -= 1
@@ -215,7 +223,7 @@ class Engine:
                     logger.exception("a decoding step failed")
                     for one in lane.sentences:
                         self.release(one)
-                        events.append(failed(one, error))
+                        events.append(failed(one.id, error))
                     del self.lanes[width]
             if events:
                 for event in events:
@@ -264,7 +272,7 @@ class Engine:
                     )
                 except RuntimeError as error:
                     logger.exception("no room for a sentence")
-                    events += [failed(one, error) for one in sentences]
+                    events += [failed(one.id, error) for one in sentences]
                 else:
                     self.rows_in_use += sum(one.options.beam_size for one in sentences)
                     self.live_count += len(sentences)
@@ -289,7 +297,7 @@ class Engine:
             memory, state = encode_batch(self.model, [one.source for one in new], self.device)
         except RuntimeError as error:
             logger.exception("encoding failed")
-            return [failed(one, error) for one in new]
+            return [failed(one.id, error) for one in new]
         self.memory = memory._replace(attended=[], initial=[])
         self.encoded = Encoded(new, [t.unsqueeze(1) for t in state], memory.attended)
         return []
@@ -341,5 +349,5 @@ class Engine:
         return self.capacity * row + sentences * self.model.max_source_length * attended
 
 
-def failed(sentence: Sentence, error: Exception) -> Event:
-    return Event(sentence.id, [], f"decoding failed: {type(error).__name__}")
+def failed(sentence: int, error: Exception) -> Event:
+    return Event(sentence, [], f"decoding failed: {type(error).__name__}")
