@@ -39,7 +39,7 @@ def read(cls: type[Options], given: object, where: str = "") -> Options:
     if not isinstance(given, Mapping):
         problem = f"got {shown(given)}; allowed: a mapping of options"
         raise FieldError(where or "the whole", problem)
-    hints = hints_of(cls)
+    hints = hints_of(typing.cast(Any, cls))
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in given:
         if key not in fields:
