@@ -1,10 +1,14 @@
 """A model whose step probabilities are a table, so that expected output is computed by hand."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from handler.decoding import DecodingOptions, Engine, Event, decode_in_order
+
+EOS = 3
 A, B, C, D = 4, 5, 6, 7  # first ids that are not special
 
 
@@ -39,6 +43,7 @@ class TableModel:
         self.has_attention = attention is not None
         self.attention = attention or {}
         self.rows_computed = 0
+        self.rows_of: Counter[int] = Counter()  # the same by the first token of the source
 
     def encode(self, source: Tensor, lengths: Tensor) -> TableMemory:
         return TableMemory([source.unsqueeze(2).float()], [source[:, :1].float()])
@@ -50,6 +55,7 @@ class TableModel:
         self, previous: Tensor, state: list[Tensor], memory: TableMemory
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         self.rows_computed += previous.numel()
+        self.rows_of.update(int(first) for first in state[0].flatten().tolist())
         assert state[0].size(0) == previous.numel()
         assert memory.attended[0].size(0) == previous.size(0)
         logits = self.logits[previous]  # [N, K, V]
@@ -59,3 +65,17 @@ class TableModel:
         for token, shares in self.attention.items():
             weights[previous == token] = torch.tensor(shares)
         return logits.masked_fill(poisoned, float("nan")), state, weights
+
+
+def decode(
+    engine: Engine, sources: list[list[int]], options: DecodingOptions = DecodingOptions()
+) -> list[Event]:
+    return list(decode_in_order(engine, sources, options))
+
+
+def drained(engine: Engine) -> dict[int, Event]:
+    """What ends until nothing is left, by sentence, in the order in which it ends."""
+    ended: dict[int, Event] = {}
+    while not engine.idle:
+        ended |= {event.sentence: event for event in engine.advance()}
+    return ended

@@ -1,13 +1,18 @@
 """Laws of the network: eager == scripted, step by step == teacher forced, batch independence."""
 
 import itertools
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handler.decoding.model import declare, load, packed
 from model import Ensemble, ModelOptions, Network, ServingModel
+from model.lstm import Projection
 from model.network import reversed_within
 from model.serving import scripted
 
@@ -34,14 +39,27 @@ KINDS = {
 }
 
 
-def serving(name: str, seed: int = 0) -> tuple[Network, ServingModel]:
+def serving(name: str, seed: int = 0, **changed: object) -> tuple[Network, ServingModel]:
     torch.manual_seed(seed)
-    network = Network(KINDS[name], VOCABULARY, VOCABULARY)
+    network = Network(replace(KINDS[name], **changed), VOCABULARY, VOCABULARY)
     for parameter in network.parameters():  # far from zero, so that differences show
         parameter.data.mul_(3)
     # In double precision, or rounding that such weights magnify would pass for a broken law.
     network = network.double().eval()
     return network, ServingModel(network, 50, 50, '{"name": "test"}')
+
+
+ENSEMBLES = {
+    "ensemble": ("attention", "attention with every option"),
+    "mixed ensemble": ("attention", "sutskever", "attention with every option"),
+}
+
+
+def build(name: str, **changed: object) -> ServingModel | Ensemble:
+    """The model of that name in double precision; the same weights every time."""
+    if name in ENSEMBLES:
+        return Ensemble([serving(one, i, **changed)[1] for i, one in enumerate(ENSEMBLES[name], 1)])
+    return serving(name, 1, **changed)[1]
 
 
 def sentences(seed: int, n: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,26 +69,32 @@ def sentences(seed: int, n: int, longest: int) -> tuple[torch.Tensor, torch.Tens
     return tokens * (torch.arange(tokens.size(1)) < lengths.unsqueeze(1)), lengths
 
 
-@pytest.fixture(scope="module", params=[*KINDS, "ensemble"])
+@pytest.fixture(scope="module", params=[*KINDS, *ENSEMBLES])
 def both_forms(request):
     """(eager, scripted) serving forms of one model."""
-    if request.param == "ensemble":
-        eager = Ensemble([serving("attention", 1)[1], serving("sutskever", 2)[1]])
-    else:
-        eager = serving(request.param)[1]
+    eager = build(request.param)
     return eager, scripted(eager)
 
 
-def run_steps(model, source, lengths, choices):
-    """Logits [T, N, K, V] of feeding `choices` [T, N, K]."""
+@torch.no_grad()
+def read(model, source, lengths, choices):
+    """Logits [T, N, K, V] and attention [T, N, K, S] of feeding `choices` [T, N, K]."""
     memory = model.encode(source, lengths)
-    k = choices.size(2)
-    state = [rows.repeat_interleave(k, 0) for rows in model.start(memory)]
-    seen = []
+    state = [rows.repeat_interleave(choices.size(2), 0) for rows in model.start(memory)]
+    logits, paid = [], []
     for previous in choices:
-        logits, state, _ = model.step(previous, state, memory)
-        seen.append(logits)
-    return torch.stack(seen)
+        seen, state, weights = model.step(previous, state, memory)
+        logits.append(seen)
+        paid.append(weights)
+    return torch.stack(logits), torch.stack(paid)
+
+
+def run_steps(model, source, lengths, choices):
+    return read(model, source, lengths, choices)[0]
+
+
+def paid(model, source, lengths, choices):
+    return read(model, source, lengths, choices)[1]
 
 
 @settings(max_examples=15, deadline=None)
@@ -219,3 +243,150 @@ def test_dropout_and_options_change_training_only():
         evaluated = network(source, lengths, source, lengths)
         trained = network.train()(source, lengths, source, lengths)
         assert torch.allclose(evaluated, trained) == (not dropped or "every" not in name)
+
+
+def test_attention_is_shared_out_among_the_tokens_of_the_source(both_forms):
+    source, lengths = sentences(11, 5, 9)
+    choices = torch.randint(4, VOCABULARY, (3, 5, 2))
+    for model in both_forms:
+        weights = paid(model, source, lengths, choices)
+        if not model.has_attention:
+            assert weights.shape == (3, 5, 2, 0)
+            continue
+        assert weights.shape == (3, 5, 2, source.size(1))
+        torch.testing.assert_close(weights.sum(3), torch.ones_like(weights[..., 0]))
+        padding = torch.arange(source.size(1)) >= lengths.unsqueeze(1)  # [N, S]
+        assert (weights[:, padding.unsqueeze(1).expand(-1, 2, -1)] == 0).all()
+        assert (weights[:, ~padding.unsqueeze(1).expand(-1, 2, -1)] > 0).all()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", ["attention", "attention with every option"])
+def test_attention_points_at_the_token_whichever_way_the_source_is_read(name, reverse):
+    """Without memory in the encoder, each of its outputs knows one token only; so the one other
+    token among equal ones is the one whose weight differs."""
+    network, _ = serving(name, reverse_source=reverse)
+    for parameter_name, parameter in network.encoder.stack.named_parameters():
+        if "weight_hh" in parameter_name:
+            parameter.data.zero_()
+        elif "bias_ih" in parameter_name:
+            parameter.data.chunk(4)[1].fill_(-1e3)  # the gate that would remember
+    model = ServingModel(network, 50, 50)
+    source, lengths = torch.full((4, 7), 5), torch.tensor([7, 7, 4, 6])
+    other = [0, 5, 1, 3]
+    for row, place in enumerate(other):
+        source[row, place] = 9
+        source[row, lengths[row] :] = 0
+    weights = paid(model, source, lengths, torch.full((1, 4, 1), 2))[0, :, 0]
+    for row, place in enumerate(other):
+        rest = [i for i in range(int(lengths[row])) if i != place]
+        torch.testing.assert_close(weights[row, rest], weights[row, rest[:1]].expand(len(rest)))
+        assert not torch.isclose(weights[row, place], weights[row, rest[0]])
+
+
+def test_an_ensembles_attention_is_the_mean_of_those_that_have_it():
+    model = build("mixed ensemble")
+    source, lengths = sentences(4, 3, 6)
+    choices = torch.randint(4, VOCABULARY, (2, 3, 2))
+    first, second = (paid(model.members[i], source, lengths, choices) for i in (0, 2))
+    torch.testing.assert_close(paid(model, source, lengths, choices), (first + second) / 2)
+
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", [*KINDS, *ENSEMBLES])
+def test_packed_weights_change_nothing_and_may_be_packed_twice(name, tmp_path):
+    plain, model = build(name).float(), build(name).float()
+    path = str(tmp_path / "model.pt")
+    scripted(model).save(path)
+    loaded = load(path, torch.device("cpu"))
+    source, lengths = sentences(8, 4, 6)
+    choices = torch.randint(4, VOCABULARY, (3, 4, 2))
+    with torch.inference_mode():
+        expected = run_steps(plain, source, lengths, choices)
+        packed_once = run_steps(packed(model, torch.device("cpu")), source, lengths, choices)
+        torch.testing.assert_close(packed_once, expected, rtol=1e-3, atol=1e-3)
+        for again in (packed(model, torch.device("cpu")), loaded):
+            again.pack()
+            assert torch.equal(run_steps(again, source, lengths, choices), packed_once)
+    for one in (model, loaded):
+        one = next(one.members.children()) if name in ENSEMBLES else one
+        assert one.generator.packed.is_mkldnn
+        assert one.generator.weight.numel() == 0
+    doubled = packed(build(name), torch.device("cpu"))
+    assert run_steps(doubled, source, lengths, choices).dtype == torch.double
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 999), rows=st.integers(1, 150), width=st.integers(1, 4))
+def test_a_packed_row_is_the_same_to_the_last_bit_whatever_is_beside_it(name, seed, rows, width):
+    model = packed(build(name).float(), torch.device("cpu"))
+    source = torch.randint(4, VOCABULARY, (rows, 6), generator=torch.manual_seed(seed))
+    lengths = torch.full((rows,), 6)
+    previous = torch.randint(4, VOCABULARY, (rows, width))
+    with torch.inference_mode():
+        memory = model.encode(source, lengths)
+        state = [t.repeat_interleave(width, 0) for t in model.start(memory)]
+        together, after, _ = model.step(previous, state, memory)
+        for i in {0, rows // 2, rows - 1}:
+            own = type(memory)([t[i : i + 1] for t in memory.attended], [])
+            mine = slice(i * width, (i + 1) * width)
+            logits, alone, _ = model.step(previous[i : i + 1], [t[mine] for t in state], own)
+            assert torch.equal(logits[0], together[i])
+            assert all(torch.equal(one, every[mine]) for one, every in zip(alone, after))
+
+
+@needs_onednn
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), rows=st.integers(2, 300), wide=st.sampled_from([7, 64, 257, 512]),
+       out=st.sampled_from([3, 96, 1000]))
+def test_a_packed_product_is_row_by_row(seed, rows, wide, out):
+    torch.manual_seed(seed)
+    projection = Projection(torch.randn(out, wide), torch.randn(out))
+    x = torch.randn(rows, wide)
+    expected = projection(x)
+    projection.pack()
+    together = projection(x)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)
+    for some in (slice(0, 1), slice(rows - 1, rows), slice(rows // 3, rows // 2 + 1)):
+        assert torch.equal(projection(x[some]), together[some])
+
+
+ELSEWHERE = """
+import sys
+import torch
+from handler.decoding.model import declare
+
+path = sys.argv[1]
+try:
+    torch.jit.load(path)
+except RuntimeError as error:
+    assert "made_up::twice" in str(error), error
+else:
+    raise AssertionError("loaded without knowing the operator")
+for _ in range(2):
+    declare({"made_up::twice": "(Tensor x, int? n=None) -> Tensor"})
+declare({"aten::relu": "(Tensor nonsense) -> Tensor"})
+model = torch.jit.load(path)
+assert model(torch.ones(2), False).tolist() == [1.0, 1.0]
+"""
+
+
+class Twice(torch.nn.Module):
+    def forward(self, x: torch.Tensor, twice: bool) -> torch.Tensor:
+        if twice:
+            return torch.ops.made_up.twice(x, 3)
+        return x
+
+
+def test_an_operator_that_is_not_built_in_can_be_named_by_a_model_that_never_calls_it(tmp_path):
+    declare({"made_up::twice": "(Tensor x, int? n=None) -> Tensor"})
+    path = str(tmp_path / "model.pt")
+    torch.jit.script(Twice()).save(path)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ELSEWHERE, path], check=True)

@@ -26,6 +26,7 @@ from handler.decoding.sentence import Event, Sentence
 logger = logging.getLogger(__name__)
 
 ENCODED_AHEAD = 16  # sentences; see `Engine.fill`
+TURN = 4  # beside others, a client with much to translate gets a quarter of the turns
 
 
 @dataclass
@@ -52,6 +53,15 @@ class Encoded:
                 places.append(self.entered)
             self.entered += 1
         return places
+
+
+@dataclass(frozen=True)
+class Move:
+    """A sentence on its way to a lane of another width, with its rows."""
+
+    sentence: Sentence
+    state: list[Tensor]  # [1, K, ...]
+    attended: list[Tensor]  # [1, S, ...]
 
 
 class Engine:
@@ -85,7 +95,7 @@ class Engine:
         self.ids = itertools.count()
         self.sentences: dict[int, Sentence] = {}  # live and waiting
         self.waiting: list[tuple[int, int]] = []  # heap of (turn, id); cancelled ones are skipped
-        self.turn = 0  # of the sentence that last began
+        self.begun_count = 0  # sentences that have left the queue
         self.rows_in_use = 0  # of live sentences; those that a beam is about to need included
         self.live_count = 0
         self.next_deadline = math.inf
@@ -108,9 +118,9 @@ class Engine:
             source: ids of the source tokens, EOS included.
             prefix: ids that the translation begins with.
             deadline: on the engine's clock; what there is then is answered.
-            behind: how many sentences of the same client are before this one. First come, first
-                served holds among sentences with equally many: a client's k-th sentence is on a
-                par with the first of a client that comes when k of them have begun. So no client
+            behind: how many sentences of the same client are before this one. A client's k-th
+                sentence counts as coming when `TURN` * k sentences have begun, and then it is
+                first come, first served (up to `ENCODED_AHEAD` sentences go before). So no client
                 waits for the whole of another's, and none is overtaken for ever.
 
         Returns:
@@ -123,7 +133,7 @@ class Engine:
         most = self.check(source, options, len(prefix))
         sentence = Sentence(next(self.ids), source, options, most, list(prefix), deadline)
         self.sentences[sentence.id] = sentence
-        heapq.heappush(self.waiting, (self.turn + behind, sentence.id))
+        heapq.heappush(self.waiting, (self.begun_count + TURN * behind, sentence.id))
         if deadline is not None:
             self.next_deadline = min(self.next_deadline, deadline)
         return sentence.id
@@ -211,20 +221,20 @@ class Engine:
         for _ in range(steps):
             events += self.expire()
             events += self.fill()
-            # Widest first, so that a beam that leaves the lane of width 1 goes one step, not two.
-            for width in sorted(self.lanes, reverse=True):
-                lane = self.lanes[width]
+            moves: list[Move] = []
+            for width, lane in list(self.lanes.items()):
                 if not lane.sentences:
                     del self.lanes[width]
                     continue
                 try:
-                    self.step(lane, events)
+                    self.step(lane, events, moves)
                 except RuntimeError as error:
                     logger.exception("a decoding step failed")
                     for one in lane.sentences:
                         self.release(one)
                         events.append(failed(one.id, error))
                     del self.lanes[width]
+            events += self.settle(moves)
             if events:
                 for event in events:
                     self.sentences.pop(event.sentence, None)
@@ -288,9 +298,10 @@ class Engine:
         new: list[Sentence] = []
         most = max(ENCODED_AHEAD, self.capacity - self.rows_in_use)
         while self.waiting and len(new) < most:
-            self.turn, first = heapq.heappop(self.waiting)
+            _, first = heapq.heappop(self.waiting)
             if first in self.sentences:
                 new.append(self.sentences[first])
+        self.begun_count += len(new)
         if not new:
             return []
         try:
@@ -302,11 +313,11 @@ class Engine:
         self.encoded = Encoded(new, [t.unsqueeze(1) for t in state], memory.attended)
         return []
 
-    def step(self, lane: Lane, events: list[Event]) -> None:
+    def step(self, lane: Lane, events: list[Event], moves: list[Move]) -> None:
         """One token for every row of a lane.
 
-        What ends is told in `events` as it leaves the lane, so that a failure on the way loses
-        nothing: a sentence is either there or still in the lane.
+        What ends is told in `events` as it leaves the lane, and what changes its width in `moves`,
+        so that a failure on the way loses nothing.
         """
         first = len(events)
         parents = lane.step(self.model, self.memory, self.never)
@@ -316,7 +327,9 @@ class Engine:
                 events.insert(first, one.event())
                 self.release(one)
             elif len(one.live) != lane.width:
-                self.widen(lane, i, parents[i])
+                state = [t[i : i + 1, parents[i]] for t in lane.state.live()]  # [1, K, ...]
+                attended = [t[i : i + 1, : len(one.source)] for t in lane.attended.live()]
+                moves.append(Move(one, state, [t.clone() for t in attended]))
             else:
                 continue
             lane.remove(i)
@@ -324,28 +337,36 @@ class Engine:
             parents.pop()
         lane.reorder(parents)
 
-    def widen(self, lane: Lane, i: int, parents: list[int]) -> None:
-        """Copy sentence `i` into the lane of as many hypotheses as it has now."""
-        one = lane.sentences[i]
-        width = len(one.live)
-        state = [t[i : i + 1, parents] for t in lane.state.live()]  # [1, width, ...]
-        attended = [t[i : i + 1, : len(one.source)] for t in lane.attended.live()]
-        self.lanes.setdefault(width, Lane(width)).add([one], state, attended)
+    def settle(self, moves: list[Move]) -> list[Event]:
+        """Put sentences into the lane of as many hypotheses as they have now; after all lanes have
+        gone a step, or those that move into a later one would go two."""
+        events: list[Event] = []
+        for move in reversed(moves):
+            width = len(move.sentence.live)
+            try:
+                self.lanes.setdefault(width, Lane(width)).add(
+                    [move.sentence], move.state, move.attended
+                )
+            except RuntimeError as error:
+                logger.exception("no room for a beam")
+                self.release(move.sentence)
+                events.append(failed(move.sentence.id, error))
+        return events
 
     @torch.inference_mode()
     def largest_memory(self) -> int:
         """Bytes that decoding takes at most, beside the weights, with every row in use.
 
-        rows * (4 * state + 2 * logits) + (2 * rows + ahead) * longest source * attended: state is
-        read, written and reordered, tables grow by doubling, logits are looked at in blocks, and
-        some sentences are encoded ahead.
+        rows * (4 * state + 2 * logits) + (4 * rows + ahead) * longest source * attended: state is
+        read, written and reordered, tables are at most four times as large as they need be, logits
+        are looked at in blocks, and some sentences are encoded ahead.
         """
         one = [[self.model.eos_id]]
         memory, state = encode_batch(self.model, one, self.device)
         attended = sum(t.nbytes for t in memory.attended)  # of one source token
         row = 4 * sum(t.nbytes for t in state)
         row += 2 * self.model.target_vocabulary * state[0].element_size()
-        sentences = 2 * self.capacity + max(ENCODED_AHEAD, self.capacity)
+        sentences = 4 * self.capacity + max(ENCODED_AHEAD, self.capacity)
         return self.capacity * row + sentences * self.model.max_source_length * attended
 
 

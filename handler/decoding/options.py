@@ -77,7 +77,8 @@ class DecodingOptions:
         return self.return_alignments or self.coverage_penalty > 0
 
     def length_normaliser(self, length: int) -> float:
-        """lp(L, a) of a hypothesis of `length` tokens, EOS counted."""
+        """lp(L, a) of a hypothesis of `length` tokens, EOS counted; of none, that of one."""
+        length = max(length, 1)
         if self.length_penalty_form == "gnmt":
             return ((5 + length) / 6) ** self.length_penalty
         return float(length) ** self.length_penalty

@@ -71,9 +71,11 @@ class Rows:
         self.cut(last)
 
     def cut(self, count: int) -> None:
-        """Keep the first `count` rows."""
+        """Keep the first `count` rows; a table is at most four times as large as it need be."""
         self.count = count
         if count == 0:
             self.tensors = []  # a sentence of unusual length does not set the size for ever
+        elif self.padded and self.tensors and 4 * count < self.tensors[0].size(0):
+            self.tensors = [t[: 2 * count].clone() for t in self.tensors]
 
 

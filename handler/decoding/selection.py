@@ -31,34 +31,30 @@ def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list
     for i, sentence in enumerate(sentences):
         if sentence.options.repetition_penalty != 1.0:
             penalise_repetition(logits[i], sentence)
-    scored = [one.options.beam_size > 1 or one.options.return_scores for one in sentences]
+    scored = [one.scored for one in sentences]
     # The normaliser once a row, and only where somebody needs it, instead of a log-softmax over V.
     normaliser = normalisers(logits) if any(scored) else None  # [N, K]
     for i, sentence in enumerate(sentences):
         if sentence.options.min_length or sentence.options.no_repeat_ngram_size:
             forbid(logits[i], sentence, eos)
-    counts = [considered(one) for one in sentences]
-    values, tokens = top(logits, max(counts))  # [N, K, 2K], best first; NaN is greatest
-    rows, choices = values.size(1), values.size(2)
+    offsets = None
     if normaliser is not None:
         so_far = torch.tensor(
-            [[h.log_probability if known else 0.0 for h in one.live]
-             for one, known in zip(sentences, scored)],
+            [[h.log_probability if one.scored else 0.0 for h in one.live] for one in sentences],
             device=logits.device, dtype=logits.dtype,
         )  # [N, K]
-        values = values + (so_far - normaliser).unsqueeze(2)
-    values, tokens = values.flatten(1), tokens.flatten(1)  # [N, K*2K]
-    if rows == 1:
-        places = torch.arange(choices).expand(len(sentences), -1).tolist()
-    else:
-        # The best of each row first, then the best of the sentence among those.
-        values, place = values.topk(min(max(counts), values.size(1)), 1)  # [N, 2K]
-        tokens = tokens.gather(1, place)
-        places = place.tolist()
-    best = [
-        [(value, where // choices, token) for value, where, token in zip(*each)][:count]
-        for *each, count in zip(values.tolist(), places, tokens.tolist(), counts)
-    ]
+        known = torch.tensor(scored, device=logits.device).unsqueeze(1)
+        offsets = torch.where(known, so_far - normaliser, 0.0).unsqueeze(2)  # [N, K, 1]
+    # Apart by how many are considered: among equals, top-k's choice depends on k.
+    groups: dict[int, list[int]] = {}
+    for i, one in enumerate(sentences):
+        groups.setdefault(considered(one), []).append(i)
+    best: list[list[Candidate]] = [[] for _ in sentences]
+    for count, members in groups.items():
+        rows: slice | list[int] = members if len(groups) > 1 else slice(None)  # without copies
+        found = best_of(logits[rows], None if offsets is None else offsets[rows], count)
+        for i, candidates_of_one in zip(members, found):
+            best[i] = candidates_of_one
     replaced = forced(logits, sentences) | drawn(logits, sentences, best)
     for i, sentence in enumerate(sentences):
         value = best[i][0][0]
@@ -74,6 +70,25 @@ def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list
         elif not scored[i] and value != NEVER:
             best[i] = [(math.nan, 0, best[i][0][2])]
     return best
+
+
+def best_of(logits: Tensor, offsets: Tensor | None, count: int) -> list[list[Candidate]]:
+    """The best `count` of logits [N, K, V] + offsets [N, K, 1], for each sentence."""
+    values, tokens = top(logits, count)  # [N, K, count], best first; NaN is greatest
+    k, choices = values.size(1), values.size(2)
+    if offsets is not None:
+        values = values + offsets
+    values, tokens = values.flatten(1), tokens.flatten(1)  # [N, K*count]
+    if k == 1:
+        places = torch.arange(choices).expand(values.size(0), -1).tolist()
+    else:
+        # The best of each row first, then the best of the sentence among those.
+        values, place = values.topk(min(count, values.size(1)), 1)  # [N, count]
+        tokens, places = tokens.gather(1, place), place.tolist()
+    return [
+        [(value, where // choices, token) for value, where, token in zip(*each)]
+        for each in zip(values.tolist(), places, tokens.tolist())
+    ]
 
 
 def normalisers(logits: Tensor) -> Tensor:

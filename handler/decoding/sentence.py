@@ -1,7 +1,6 @@
 """A sentence that is being decoded, and its hypotheses."""
 
 import itertools
-import math
 import random
 from dataclasses import dataclass, field
 from typing import Literal
@@ -68,6 +67,11 @@ class Sentence:
         self.draw = random.Random(self.options.seed)
         # What the steps so far paid each source token, [K, steps, S]; only where it is read.
         self.attention = torch.zeros(1, 0, len(self.source))
+
+    @property
+    def scored(self) -> bool:
+        """Whether log probabilities decide anything or were asked for."""
+        return self.options.beam_size > 1 or self.options.return_scores
 
     @property
     def ended(self) -> bool:
@@ -146,7 +150,7 @@ class Sentence:
     def finish(
         self, tokens: list[int], log_probability: float, reason: Reason, row: int
     ) -> None:
-        options, known = self.options, not math.isnan(log_probability)
+        options, known = self.options, self.scored
         score = log_probability / options.length_normaliser(len(tokens) + (reason == "eos"))
         if options.coverage_penalty:
             score += options.coverage_penalty * coverage(self.attention[row])
