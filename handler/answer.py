@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from handler.decoding import Event, Result
+from handler.decoding.sentence import NO_TOKEN
 from handler.request import Refusal, RequestOptions, TranslationRequest
 from handler.sentences import Segment, join
 from handler.tokenizer import Tokenizer
@@ -21,6 +22,16 @@ class Part:
     segments: list[Segment]
     sentences: list[int | None]
     sources: list[list[int]]
+
+
+def prefixed(
+    sources: list[list[int]], prefix: list[int]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Each sentence of a text with what its translation begins with: the first that has words with
+    `prefix`, the others with nothing."""
+    first = next((i for i, ids in enumerate(sources) if ids), None)
+    for i, ids in enumerate(sources):
+        yield ids, prefix if i == first else []
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,11 @@ class Narrator:
         """The whole answer, once all sentences have ended.
 
         Raises:
-            Refusal: 500, a sentence that could not be decoded.
+            Refusal: 500, a sentence that could not be decoded; 400, options under which it cannot.
         """
         failed = next((e.error for e in ended.values() if e.error is not None), None)
+        if failed == NO_TOKEN:
+            raise Refusal(400, "InvalidOption", failed)
         if failed is not None:
             raise Refusal(500, "DecodingFailed", failed)
         translations = [self.translations(one, ended, request.options) for one in parts]

@@ -54,7 +54,7 @@ class Native(Door):
         if isinstance(texts, str):
             texts = [texts]
         options = {key: value for key, value in given.items() if key != "text"}
-        return strings(texts, "text"), options, cls()
+        return strings(texts, "text", "a string or a list of at least one string"), options, cls()
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class OpenInference(KServeV1):
     def enter(cls, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], Door]:
         only(given, ("id", "inputs", "parameters"))
         name = given.get("id")
-        if name is not None and (not isinstance(name, str) or len(name) > 256):
-            raise FieldError("id", f"got {shown(name)}; allowed: at most 256 characters")
+        if name is not None and not is_name(name):
+            raise FieldError("id", f"got {shown(name)}; allowed: Unicode, at most 256 characters")
         inputs = given["inputs"]
         if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], Mapping):
             raise FieldError("inputs", f"got {shown(inputs)}; allowed: a list of one tensor")
@@ -160,16 +160,22 @@ def tensor(name: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
     return {"name": name, "shape": shape, "datatype": "BYTES", "data": told}
 
 
-def strings(given: object, where: str) -> list[str]:
+def strings(
+    given: object, where: str, allowed: str = "a list of at least one string"
+) -> list[str]:
     """At least one string, as a list."""
     if not isinstance(given, list) or not given:
-        raise FieldError(
-            where, f"got {shown(given)}; allowed: a string or a list of at least one string"
-        )
+        raise FieldError(where, f"got {shown(given)}; allowed: {allowed}")
     for i, one in enumerate(given):
         if not isinstance(one, str):
             raise FieldError(f"{where}[{i}]", f"got {shown(one)}; allowed: a string")
     return given
+
+
+def is_name(given: object) -> bool:
+    if not isinstance(given, str) or len(given) > 256:
+        return False
+    return not any("\ud800" <= c <= "\udfff" for c in given)
 
 
 def parameters(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from handler.answer import Narrator, Part, Stream, event
+from handler.answer import Narrator, Part, Stream, event, prefixed
 from handler.decoding import Engine, Event
 from handler.decoding.engine import failed
 from handler.decoding.options import DecodingOptions
@@ -190,11 +190,11 @@ class Service:
         """Admit a new request; a reply at once where it needs no decoding."""
         door: Door = Native()
         try:
-            if one.explain:
-                raise Refusal(404, "NotFound", "explanations are not offered; ask for predictions")
             if one.path:
                 return self.describe(one.path)
             door = door_of(one.body)()
+            if one.explain:
+                raise Refusal(404, "NotFound", "explanations are not offered; ask for predictions")
             request = parse(one.content_type, one.body, self.options.max_texts)
             self.pending[one.id] = self.admitted(request, now)
         except Refusal as refusal:
@@ -243,12 +243,10 @@ class Service:
             Part(
                 segments,
                 [
-                    self.engine.admit(
-                        ids, request.options, prefix if i == 0 else [], deadline, next(behind)
-                    )
+                    self.engine.admit(ids, request.options, begun, deadline, next(behind))
                     if ids
                     else None
-                    for i, ids in enumerate(of_text)
+                    for ids, begun in prefixed(of_text, prefix)
                 ],
                 of_text,
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from handler.answer import Narrator, Part
+from handler.answer import Narrator, Part, prefixed
 from handler.decoding import Engine, SequenceModel
 from handler.decoding.model import packed
 from handler.decoding.offline import in_order
@@ -70,9 +70,9 @@ def translations(
         return Part(segments, [None] * len(sources), sources)
 
     def admit(part: Part) -> list[int]:
-        for i, ids in enumerate(part.sources):
+        for i, (ids, begun) in enumerate(prefixed(part.sources, prefix)):
             if ids:
-                part.sentences[i] = engine.admit(ids, options, prefix if i == 0 else [])
+                part.sentences[i] = engine.admit(ids, options, begun)
         return [one for one in part.sentences if one is not None]
 
     def length(part: Part) -> int:

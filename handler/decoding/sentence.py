@@ -12,6 +12,7 @@ from handler.decoding.options import DecodingOptions
 
 Reason = Literal["eos", "length", "time"]
 NEVER = float("-inf")
+NO_TOKEN = "the options allow no token that the model gives"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Sentence:
                 live.append(Hypothesis([*tokens, token], log_probability))
                 parents.append(parent)
         if not live and not self.finished:
-            self.error = "the model gave no token that the options allow"
+            self.error = NO_TOKEN
         if self.options.reads_attention and parents:
             self.attention = self.attention[parents]
         self.live = live
