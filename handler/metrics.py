@@ -40,8 +40,7 @@ class Metrics:
         line for each observation."""
         with self._lock:
             for bound in buckets:
-                if seconds <= bound:
-                    self._counts[f"{name}_bucket", ("le",), (f"{bound:g}",)] += 1
+                self._counts[f"{name}_bucket", ("le",), (f"{bound:g}",)] += seconds <= bound
             self._counts[f"{name}_bucket", ("le",), ("+Inf",)] += 1
             self._counts[f"{name}_sum", (), ()] += seconds
             self._counts[f"{name}_count", (), ()] += 1
