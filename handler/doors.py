@@ -111,7 +111,7 @@ class OpenInference(KServeV1):
         if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], Mapping):
             raise FieldError("inputs", f"got {shown(inputs)}; allowed: a list of one tensor")
         tensor = inputs[0]
-        only(tensor, ("name", "shape", "datatype", "data", "parameters"), "inputs[0]")
+        only(tensor, ("name", "shape", "datatype", "data"), "inputs[0]")
         if tensor.get("datatype") != "BYTES":
             raise FieldError(
                 "inputs[0].datatype", f"got {shown(tensor.get('datatype'))}; allowed: 'BYTES'"
@@ -121,7 +121,8 @@ class OpenInference(KServeV1):
             data = [one for row in data for one in row]
         texts = strings(data, "inputs[0].data")
         shape = tensor.get("shape")
-        if shape not in ([len(texts)], [len(texts), 1]):
+        exact = isinstance(shape, list) and all(type(one) is int for one in shape)
+        if not exact or shape not in ([len(texts)], [len(texts), 1]):
             raise FieldError(
                 "inputs[0].shape",
                 f"got {shown(shape)}; allowed for {len(texts)} strings: [{len(texts)}] or "

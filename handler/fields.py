@@ -160,4 +160,6 @@ def shown(value: object, limit: int = 60) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return "an integer of more than 64 bits"
     text = ascii(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]}... ({len(value) if isinstance(value, str) else len(text)} characters)"

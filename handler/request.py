@@ -19,6 +19,11 @@ class Refusal(Exception):
         super().__init__(message)
         self.status = status
         self.kind = kind
+        self.door: Door = Native()  # whose shape the error has
+
+    def at(self, door: Door) -> "Refusal":
+        self.door = door
+        return self
 
     def told(self) -> dict[str, object]:
         """`{"code", "type", "message"}`, the shape of every error."""
@@ -70,8 +75,12 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
     if kind in (JSON, TEXT) and (body is None or body in (b"", "")):
         raise Refusal(400, "InvalidRequest", f"the request has no body; send {JSON} or {TEXT}")
     if kind == JSON:
-        request = from_json(decoded_json(body) if isinstance(body, (bytes, bytearray)) else body)
-        check_texts(request.texts, blank=False)
+        given = decoded_json(body) if isinstance(body, (bytes, bytearray)) else body
+        try:
+            request = from_json(given)
+            check_texts(request.texts, blank=False)
+        except Refusal as refusal:
+            raise refusal.at(door_of(given)()) from None
     elif kind == TEXT:
         lines = decoded_text(body).removesuffix("\n").split("\n")
         texts = [line.removesuffix("\r") for line in lines]
@@ -86,7 +95,7 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
         raise Refusal(
             413, "TooManyTexts",
             f"text: got {len(request.texts)} texts; allowed: at most {most_texts} in a request",
-        )
+        ).at(request.door)
     return request
 
 

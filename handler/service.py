@@ -188,21 +188,22 @@ class Service:
 
     def begin(self, one: Incoming, now: float) -> Reply | None:
         """Admit a new request; a reply at once where it needs no decoding."""
-        door: Door = Native()
+        door = None
         try:
             if one.path:
                 return self.describe(one.path)
-            door = door_of(one.body)()
             if one.explain:
+                door = door_of(one.body)()
                 raise Refusal(404, "NotFound", "explanations are not offered; ask for predictions")
             request = parse(one.content_type, one.body, self.options.max_texts)
+            door = request.door
             self.pending[one.id] = self.admitted(request, now)
         except Refusal as refusal:
             self.metrics.count("refusals_total", reason=refusal.kind)
-            return refused(refusal, door)
+            return refused(refusal, door or refusal.door)
         except Exception:
             logger.exception("a request could not be admitted")
-            return refused(internal_error(), door)
+            return refused(internal_error(), door or Native())
         return None
 
     def describe(self, path: str) -> Reply:

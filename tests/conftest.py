@@ -1,20 +1,33 @@
 """A toy language that is learnt in a minute: digit strings, translated by reading them backwards.
 
-The run is made once for the whole session, by the verbs a user would type.
+The run is made once for the whole session, by the verbs a user would type; and one TorchServe
+serves its archive to every test that asks for `server`.
 """
 
+import http.client
+import json
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
+from server.torchserve import ServerOptions, TorchServe
 from training.recipe import Recipe, load
 from training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+GUARD_SECONDS = 120  # against a hang; no statement about speed
+JSON = {"Content-Type": "application/json"}
+TEXT = {"Content-Type": "text/plain"}
+PREDICT = "/predictions/seq2seq"
 
 RECIPE = """\
 name: toy
@@ -92,3 +105,109 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
         done = run_verb(verb, recipe_file, "--run", run, *more)
         assert done.returncode == 0, f"{verb}: {done.stderr}"
     return Toy(recipe_file, load(recipe_file), Run(run), store)
+
+
+# The server
+
+
+def options(store: Path, *models: str) -> ServerOptions:
+    return ServerOptions(
+        model_store=store,
+        models=models or ("seq2seq=seq2seq.mar",),
+        port=0,
+        management_port=0,
+        metrics_port=0,
+        startup_timeout=GUARD_SECONDS,
+    )
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    content_type: str
+    body: bytes
+    retry_after: str | None = None
+
+    @property
+    def json(self) -> Any:
+        assert self.content_type == "application/json"
+        return json.loads(self.body)
+
+    @property
+    def texts(self) -> list[str]:
+        assert self.status == 200, self
+        return [one[0]["text"] for one in self.json["translations"]]
+
+    @property
+    def error(self) -> tuple[int, str]:
+        """Status and type of an error in the shape of the contract."""
+        answer = self.json
+        assert list(answer) == ["code", "type", "message"]
+        assert answer["code"] == self.status
+        assert answer["message"]
+        return self.status, answer["type"]
+
+
+def connected(url: str) -> http.client.HTTPConnection:
+    return http.client.HTTPConnection(urlsplit(url).netloc, timeout=GUARD_SECONDS)
+
+
+def raw(
+    server: TorchServe,
+    body: bytes | None,
+    headers: dict[str, str],
+    method: str = "POST",
+    path: str = PREDICT,
+) -> Reply:
+    """A request with just these headers."""
+    with closing(connected(server.url)) as connection:
+        connection.request(method, path, body, headers)
+        reply = connection.getresponse()
+        kind, retry = (reply.getheader(one) for one in ("Content-Type", "Retry-After"))
+        return Reply(reply.status, kind or "", reply.read(), retry)
+
+
+def call(
+    server: TorchServe, path: str = PREDICT, body: Any = None, headers: dict[str, str] = JSON
+) -> Reply:
+    """A POST of `body`, which is bytes or becomes JSON; a GET without one."""
+    if body is not None and not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    return raw(server, body, headers, "GET" if body is None else "POST", path)
+
+
+def versions(server: TorchServe) -> list[dict[str, Any]]:
+    with closing(connected(server.management_url)) as connection:
+        connection.request("GET", "/models/seq2seq/all")
+        return json.load(connection.getresponse())
+
+
+def workers(server: TorchServe) -> list[int]:
+    return [worker["pid"] for version in versions(server) for worker in version["workers"]]
+
+
+@pytest.fixture(scope="session")
+def running(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """A server whose store holds the archive alone, started where the repository is not."""
+    store = tmp_path_factory.mktemp("alone")
+    shutil.copy(toy.store / "seq2seq.mar", store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        server = TorchServe(options(store))
+        server.start()
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def server(running: TorchServe) -> Iterator[TorchServe]:
+    """The server of the session; after every test its worker is the process that it was, and
+    answers."""
+    before = workers(running)
+    yield running
+    assert workers(running) == before
+    assert len(call(running, body={"text": "12"}).texts) == 1

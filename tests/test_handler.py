@@ -158,6 +158,86 @@ def test_a_request_that_is_not_finished_is_left_out_of_the_reply(unpacked):
     assert one.service.engine.idle
 
 
+def rounds(one, ctx, requests) -> list[tuple[str, bool | None] | None]:
+    """One call of `handle`: body of each request, and whether its stream has ended; None where
+    nothing is told."""
+    ctx.request_ids = {i: each[0] for i, each in enumerate(requests)}
+    ctx.request_processor = [RequestProcessor(dict(each[1])) for each in requests]
+    bodies = one.handle([each[2] for each in requests], ctx)
+    return [
+        (bodies[i], ctx.stopping_criteria[i](None)) if i in ctx.request_ids else None
+        for i in range(len(requests))
+    ]
+
+
+def test_a_stream_goes_out_part_by_part_and_its_last_part_ends_it(unpacked):
+    ctx = context(unpacked, {**ONE_THREAD, "round_ms": 0.0})
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    headers = {"content-type": "application/json"}
+    plain = ("plain", headers, {"body": {"text": "1234567"}})
+    stream = ("stream", headers, {"body": {"text": "1234567", "stream": True}})
+    whole, parts = None, []
+    for _ in range(99):
+        told = rounds(one, ctx, [each for each in (plain, stream) if each is not None])
+        if told[-1] is not None:
+            assert ctx.get_response_content_type(len(told) - 1) == "text/event-stream"
+            parts.append(told[-1])
+            # TorchServe repeats no body of a request that has been sent something.
+            stream = ("stream", headers, {})
+        if plain and told[0] is not None:
+            whole, plain = told[0], None
+        if parts[-1][1]:
+            break
+    assert [ended for _, ended in parts] == [False] * (len(parts) - 1) + [True]
+    assert len(parts) > 2
+    assert whole[1] is None
+    translations = json.loads(whole[0])["translations"]
+    lines = "".join(body for body, _ in parts).split("\n")
+    *news, answer = (json.loads(line[6:]) for line in lines if line.startswith("data: "))
+    assert answer["translations"] == translations
+    assert "".join(each["text"] for each in news) == translations[0][0]["text"]
+    assert one.service.engine.idle
+
+
+def test_a_stream_whose_first_part_is_its_last_is_a_plain_reply(unpacked):
+    ctx = context(unpacked, {**ONE_THREAD, "round_ms": 1000.0})
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    asked = {"body": {"text": "12", "stream": True, "max_length": 2}}
+    ((body, ended),) = rounds(one, ctx, [("1", {"content-type": "application/json"}, asked)])
+    assert ended is None
+    assert "event: answer" in body
+    assert ctx.get_response_content_type(0) == "text/event-stream"
+
+
+def test_when_too_many_wait_the_client_is_told_when_to_come_again(unpacked):
+    ctx = context(unpacked, {**ONE_THREAD, "max_waiting": 1})
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    headers = {"content-type": "text/plain"}
+    few, many = ((str(i), headers, {"body": "1\n" * i}) for i in (1, 2))
+    told = rounds(one, ctx, [many, few])
+    assert json.loads(told[0][0])["type"] == "Overloaded"
+    assert ctx.get_response_status(0)[0] == 503
+    assert ctx.get_response_headers(0)["Retry-After"] == "1"
+    assert ctx.get_response_status(1)[0] == 200
+    assert "Retry-After" not in ctx.get_response_headers(1)
+
+
+@pytest.mark.parametrize("name", ["explain", "Explain"])
+def test_explanations_are_refused_by_the_header_that_asks_for_them(unpacked, name):
+    ctx = context(unpacked)
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    body, headers = {"body": {"text": "12"}}, {"content-type": "application/json"}
+    got = calls(one, ctx, [
+        ("asks", {**headers, name: "True"}, body), ("does not", {**headers, name: "False"}, body),
+    ])
+    assert {key: reply[0] for key, reply in got.items()} == {"asks": 404, "does not": 200}
+    assert json.loads(got["asks"][2])["type"] == "NotFound"
+
+
 def test_the_archive_as_it_was_built_is_served_with_its_name_and_version(unpacked):
     one = initialized(unpacked)
     described = json.loads((unpacked / MANIFEST).read_text())["model"]

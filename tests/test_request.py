@@ -1,5 +1,6 @@
 """What a client may send: every mistake is refused by name, and nothing else ever comes out."""
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handler.doors import Native, PlainText
+from handler.doors import KServeV1, Native, OpenInference, PlainText
 from handler.fields import FieldError, read, shown
 from handler.request import JSON, TEXT, Refusal, RequestOptions, TranslationRequest, parse
 
@@ -47,6 +48,41 @@ def test_json_is_read_decoded_or_not(given, texts, options):
         == expected
 
 
+def test_every_option_is_read():
+    options = {
+        "beam_size": 4, "n_best": 2, "max_length": 9, "min_length": 1, "length_penalty": 0.5,
+        "length_penalty_form": "gnmt", "coverage_penalty": 0.2, "no_repeat_ngram_size": 3,
+        "repetition_penalty": 1.2, "sampling": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+        "seed": None, "max_time": 2.5, "return_scores": True, "return_alignments": True,
+        "prefix": "é", "split": False, "stream": True, "return_tokens": True,
+    }
+    assert set(options) == {one.name for one in dataclasses.fields(RequestOptions)}
+    request = parse(JSON, {"text": "a", **options}, MOST)
+    assert dataclasses.asdict(request.options) == options
+    drawn = {"sampling": True, "temperature": 2, "top_k": 5, "top_p": 0.5, "seed": 7}
+    assert parse(JSON, {"text": "a", **drawn}, MOST).options == RequestOptions(**drawn)
+
+
+@pytest.mark.parametrize(
+    ("given", "door"),
+    [
+        ({"instances": ["a", {"text": "b"}], "parameters": {"max_length": 3}}, KServeV1()),
+        (
+            {
+                "id": "q",
+                "inputs": [{"name": "x", "shape": [2], "datatype": "BYTES", "data": ["a", "b"]}],
+                "parameters": {"max_length": 3},
+            },
+            OpenInference("q"),
+        ),
+    ],
+)
+def test_the_shapes_of_kserve_are_read_decoded_or_not(given, door):
+    expected = TranslationRequest(["a", "b"], RequestOptions(max_length=3), door)
+    assert parse(JSON, given, MOST) == expected
+    assert parse(JSON, json.dumps(given).encode(), MOST) == expected
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "message"),
     [
@@ -63,7 +99,7 @@ def test_json_is_read_decoded_or_not(given, texts, options):
             "max_lenght: unknown option; did you mean 'max_length'? allowed: beam_size",
         ),
         ({"text": "a", "\ud800\n": 2}, "InvalidOption", r"'\ud800\n': unknown option"),
-        ({"text": "a", "k" * 10**5: 2}, "InvalidOption", "(100002 characters): unknown option"),
+        ({"text": "a", "k" * 10**5: 2}, "InvalidOption", "(100000 characters): unknown option"),
         (
             {"text": "a", "max_length": 0},
             "InvalidOption",
@@ -71,8 +107,31 @@ def test_json_is_read_decoded_or_not(given, texts, options):
         ),
         ({"text": "a", "max_length": True}, "InvalidOption", "max_length: got true; allowed"),
         ({"text": "a", "max_length": 2.0}, "InvalidOption", "max_length: got 2.0; allowed"),
-        ({"text": "a", "max_length": "9" * 99}, "InvalidOption", "(101 characters); allowed"),
+        ({"text": "a", "max_length": "9" * 99}, "InvalidOption", "(99 characters); allowed"),
         ({"text": "a", "max_length": -(10**400)}, "InvalidOption", "more than 64 bits; allowed"),
+        ({"text": "a", "instances": ["a"]}, "InvalidOption", "instances: unknown option; "),
+        (
+            {"text": "a", "prefix": "e" * 4097},
+            "InvalidOption",
+            "(4097 characters); allowed: a string of at most 4096 characters or null",
+        ),
+        ({"text": "a", "stream": 1}, "InvalidOption", "stream: got 1; allowed: true or false"),
+        ({"text": "a", "split": None}, "InvalidOption", "split: got null; allowed: true or false"),
+        (
+            {"text": "a", "max_time": 0},
+            "InvalidOption",
+            "max_time: got 0; allowed: a number above 0.0 and of at most 3600.0 or null",
+        ),
+        (
+            {"text": "a", "coverage_penalty": 10.5},
+            "InvalidOption",
+            "coverage_penalty: got 10.5; allowed: a number from 0.0 to 10.0",
+        ),
+        (
+            {"text": "a", "sampling": True, "seed": 2**63},
+            "InvalidOption",
+            "seed: got 9223372036854775808; allowed: an integer from 0 to 9223372036854775807",
+        ),
         ({"text": ""}, "EmptyText", "text: got ''; allowed: text that is not blank"),
         ({"text": ["a", " \t\n"]}, "EmptyText", r"text[1]: got ' \t\n'; allowed: text that is not"),
         (
@@ -181,6 +240,7 @@ def test_other_content_types_are_refused(content_type, body):
 
 # Anything
 
+NAMES = ["text", "max_length", "instances", "inputs", "parameters", "id", "data", "shape", "stream"]
 scalars = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
     | st.sampled_from([10**400, "\ud800", "\udfff😀", "", " ", "\x01"])
@@ -188,7 +248,7 @@ scalars = (
 values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["text", "max_length"]) | st.text(), inner, max_size=4),
+    | st.dictionaries(st.sampled_from(NAMES) | st.text(), inner, max_size=4),
     max_leaves=12,
 )
 content_types = st.sampled_from([JSON, TEXT, "", None, "text/plain; charset=utf-16", "a/b"]) \

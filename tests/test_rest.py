@@ -1,36 +1,39 @@
 """The REST API end to end: a real TorchServe that has nothing but the archive."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
-import http.client
 import io
 import json
 import random
 import shutil
 import socket
 import sys
-import urllib.error
-import urllib.request
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import psutil  # comes with torchserve
 import pytest
 import torch
-from conftest import ROOT
+from conftest import (
+    JSON,
+    PREDICT,
+    ROOT,
+    TEXT,
+    call,
+    connected,
+    options,
+    raw,
+    versions,
+    workers,
+)
 
 from handler.decoding.model import load
 from handler.request import RequestOptions
+from handler.schema import schema
 from model import ServingModel
 from server.__main__ import main
-from server.errors import ServerError
 from server.options import CONFIG
-from server.torchserve import ServerOptions, TorchServe
+from server.torchserve import TorchServe
 from training.archive import archive
 from training.evaluate import best_network
 from training.export import export
@@ -38,107 +41,7 @@ from training.lines import translations
 from training.run import Run
 from training.train import tokenizers
 
-GUARD_SECONDS = 120  # against a hang; no statement about speed
 CPU = torch.device("cpu")
-JSON = {"Content-Type": "application/json"}
-TEXT = {"Content-Type": "text/plain"}
-PREDICT = "/predictions/seq2seq"
-
-
-def options(store, *models) -> ServerOptions:
-    return ServerOptions(
-        model_store=store,
-        models=models or ("seq2seq=seq2seq.mar",),
-        port=0,
-        management_port=0,
-        metrics_port=0,
-        startup_timeout=GUARD_SECONDS,
-    )
-
-
-@pytest.fixture(scope="module")
-def server(toy, tmp_path_factory):
-    """A server whose store holds the archive alone, started where the repository is not."""
-    store = tmp_path_factory.mktemp("alone")
-    shutil.copy(toy.store / "seq2seq.mar", store)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTHONPATH", raising=False)
-        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
-        with TorchServe(options(store)) as started:
-            yield started
-
-
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    content_type: str
-    body: bytes
-
-    @property
-    def json(self):
-        assert self.content_type == "application/json"
-        return json.loads(self.body)
-
-    @property
-    def texts(self) -> list[str]:
-        assert self.status == 200, self
-        return [one[0]["text"] for one in self.json["translations"]]
-
-    @property
-    def error(self) -> tuple[int, str]:
-        """Status and type of an error in the shape of the contract."""
-        answer = self.json
-        assert list(answer) == ["code", "type", "message"]
-        assert answer["code"] == self.status
-        assert answer["message"]
-        return self.status, answer["type"]
-
-
-def call(server, path=PREDICT, body=None, headers=JSON, method=None) -> Reply:
-    if body is not None and not isinstance(body, bytes):
-        body = json.dumps(body).encode()
-    request = urllib.request.Request(server.url + path, body, headers, method=method)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(request, timeout=GUARD_SECONDS) as reply:
-            return Reply(reply.status, reply.headers.get("Content-Type", ""), reply.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            return Reply(error.code, error.headers.get("Content-Type", ""), error.read())
-
-
-def raw(server, body: bytes | None, headers, method="POST", path=PREDICT) -> Reply:
-    """A request with just these headers: urllib adds a content type of its own."""
-    address = urlsplit(server.url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, GUARD_SECONDS)
-    with closing(connection):
-        connection.request(method, path, body, headers)
-        reply = connection.getresponse()
-        return Reply(reply.status, reply.getheader("Content-Type", ""), reply.read())
-
-
-def versions(server) -> list[dict]:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    url = f"{server.management_url}/models/seq2seq/all"
-    with direct.open(url, timeout=GUARD_SECONDS) as reply:
-        return json.load(reply)
-
-
-def workers(server) -> list[int]:
-    return [worker["pid"] for version in versions(server) for worker in version["workers"]]
-
-
-@pytest.fixture(autouse=True)
-def nothing_kills_the_worker(request):
-    """After every test the worker is the process that it was, and answers."""
-    if "server" not in request.fixturenames:
-        yield
-        return
-    server = request.getfixturevalue("server")
-    before = workers(server)
-    yield
-    assert workers(server) == before
-    assert len(call(server, body={"text": "12"}).texts) == 1
 
 
 def offline(toy, lines, length=None, eager=False) -> list[str]:
@@ -241,6 +144,95 @@ def test_the_card_is_that_of_the_run(server, toy):
         assert reply.json["scores"] == toy.run.read_json(toy.run.scores, "evaluate")
 
 
+def test_the_schema_is_that_of_the_options(server, toy):
+    for method in ("GET", "POST"):
+        reply = raw(server, None, {}, method, f"{PREDICT}/{toy.recipe.export.version}/schema")
+        assert reply.status == 200
+        assert reply.json == schema(RequestOptions, 1024)
+
+
+def test_a_paragraph_is_answered_sentence_by_sentence(server, toy):
+    lines = ["271", "", "82\t81", "8"]
+    text = "\n".join(lines)
+    (answer,) = call(server, body={"text": text}).texts
+    assert answer == "\n".join(offline(toy, lines))
+    whole = call(server, body={"text": text, "split": False}).json
+    assert "\n" not in whole["translations"][0][0]["text"]
+    assert whole["usage"]["source_tokens"] == len(tokenizers(toy.run)[0].encode(text)) + 1
+
+
+def test_a_prefix_begins_the_first_sentence_of_each_text(server, toy):
+    given = ["12\n34", "56"]
+    free, led = (
+        call(server, body={"text": given, "max_length": 9, **more}).texts
+        for more in ({}, {"prefix": "997"})
+    )
+    assert [text.startswith("997") for text in free] == [False, False]
+    assert [text.startswith("997") for text in led] == [True, True]
+    assert led[0].splitlines()[1] == free[0].splitlines()[1]
+
+
+def test_alignments_are_shares_of_the_source_for_each_target_token(server):
+    asked = {"text": ["123\n45", "6"], "return_alignments": True, "coverage_penalty": 0.2,
+             "beam_size": 3, "n_best": 2, "return_tokens": True}
+    for hypotheses in call(server, body=asked).json["translations"]:
+        for one in hypotheses:
+            pieces = [piece for part in one["alignment"] for piece in part["target"]]
+            assert pieces == one["tokens"]
+            for part in one["alignment"]:
+                assert part["source"][-1] == "</s>"
+                assert len(part["weights"]) == len(part["target"])
+                for row in part["weights"]:
+                    assert len(row) == len(part["source"])
+                    assert sum(row) == pytest.approx(1.0, abs=0.01)
+
+
+def test_time_that_is_over_is_told_and_what_there_is_answered(server):
+    late = {"max_time": 1e-6, "beam_size": 2, "length_penalty": 1.0}
+    reply = call(server, body={"text": ["12", "345"], **late}).json
+    assert [[one["finish_reason"] for one in found] for found in reply["translations"]] == [
+        ["time"], ["time"],
+    ]
+    hour = call(server, body={"text": "12", "max_time": 3600}).json
+    assert hour["translations"] == call(server, body={"text": "12"}).json["translations"]
+
+
+def test_the_shapes_of_kserve_are_served_at_their_paths(server, toy):
+    given = ["12", "345"]
+    expected = offline(toy, given, 9)
+    options = {"max_length": 9, "return_scores": True}
+    asked = {"instances": ["12", {"text": "345"}], "parameters": options}
+    reply = call(server, "/v1/models/seq2seq:predict", asked).json
+    assert list(reply) == ["predictions"]
+    assert [one[0]["text"] for one in reply["predictions"]] == expected
+    tensor = {"name": "text", "shape": [2], "datatype": "BYTES", "data": given}
+    asked = {"id": "é-7", "inputs": [tensor], "parameters": options}
+    reply = call(server, "/v2/models/seq2seq/infer", asked).json
+    outputs = {one.pop("name"): one for one in reply.pop("outputs")}
+    assert reply == {
+        "model_name": "seq2seq", "model_version": toy.recipe.export.version, "id": "é-7"
+    }
+    assert outputs["translation"] == {"shape": [2, 1], "datatype": "BYTES", "data": expected}
+    assert outputs["score"]["datatype"] == "FP32"
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "application/json; charset=utf-8", "Application/JSON"]
+)
+def test_errors_of_kserve_have_its_shape(server, content_type):
+    """TorchServe decodes a body for the handler only where its type is in lower case."""
+    for body, named in (
+        ({"instances": [5]}, "instances[0]"),
+        ({"inputs": [{"shape": [2], "datatype": "BYTES", "data": ["12"]}]}, "inputs[0].shape"),
+        ({"instances": ["12"], "parameters": {"stream": True}}, "stream"),
+    ):
+        reply = raw(server, json.dumps(body).encode(), {"Content-Type": content_type})
+        assert reply.status == 400
+        assert list(reply.json) == ["error", "code", "type", "message"]
+        assert reply.json["error"] == reply.json["message"]
+        assert reply.json["message"].startswith(named)
+
+
 # Refusals
 
 REFUSED = [
@@ -306,9 +298,11 @@ def test_all_bad_input_at_once_hurts_no_good_request(server, toy):
         assert raw(server, body, headers).error == refused
         assert call(server, body={"text": texts[i]}).texts == [expected[i]]
 
+    before = set(server._log.lines)
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(client, range(len(REFUSED))))
-    assert not [line for line in server._log.lines if "Traceback" in line or "Error" in line]
+    news = [line for line in server._log.lines if line not in before]
+    assert not [line for line in news if "Traceback" in line or "Error" in line]
 
 
 @pytest.mark.parametrize(
@@ -371,12 +365,26 @@ def test_requests_with_different_options_share_the_server(server):
         ({"top_p": 0}, "top_p"),
         ({"seed": 3}, "seed"),
         ({"length_penalty_form": "other"}, "length_penalty_form"),
+        ({"n_best": 3, "beam_size": 2}, "n_best"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"top_k": 5}, "top_k"),
+        ({"prefix": "1234", "max_length": 3}, "prefix"),
+        ({"prefix": "1" * 65}, "prefix"),
+        ({"prefix": "1" * 4097}, "prefix"),
+        ({"prefix": "\ud800"}, "prefix"),
+        ({"prefix": ["1"]}, "prefix"),
+        ({"max_time": 0}, "max_time"),
+        ({"max_time": 3601}, "max_time"),
+        ({"coverage_penalty": -0.1}, "coverage_penalty"),
+        ({"split": 1}, "split"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream": True, "beam_size": 65}, "beam_size"),
     ],
 )
 def test_options_out_of_range_or_contradictory_are_refused(server, options, named):
     reply = call(server, body=json.dumps({"text": "12", **options}).encode(), headers=JSON)
     assert reply.error == (400, "InvalidOption")
-    assert named in json.loads(reply.body)["message"]
+    assert reply.json["message"].startswith(f"{named}: ")
 
 
 def test_what_is_larger_than_any_request_is_refused_by_torchserve(server):
@@ -386,13 +394,14 @@ def test_what_is_larger_than_any_request_is_refused_by_torchserve(server):
         if line.startswith("max_request_size=")
     )
     # Answered at the announced length: a client that went on sending might see a reset instead.
-    with closing(http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)) as client:
-        client.putrequest("POST", PREDICT)
-        for name, value in (*TEXT.items(), ("Content-Length", str(largest + 1))):
-            client.putheader(name, value)
-        client.endheaders()
-        reply = client.getresponse()
-        assert (reply.status, reply.read()) == (413, b"")
+    for announced in (largest + 1, 10_000_000):
+        with closing(connected(server.url)) as client:
+            client.putrequest("POST", PREDICT)
+            for name, value in (*TEXT.items(), ("Content-Length", str(announced))):
+                client.putheader(name, value)
+            client.endheaders()
+            reply = client.getresponse()
+            assert (reply.status, reply.read()) == (413, b"")
     assert call(server, body=b"1" * (largest - 1000), headers=TEXT).error == (413, "TextTooLong")
 
 
@@ -412,21 +421,25 @@ def test_what_is_not_there_is_not_found(server, toy, path):
     assert status == 404
 
 
+@pytest.mark.parametrize("path", ["/v1/models/seq2seq:explain", "/explanations/seq2seq"])
+def test_explanations_are_not_offered(server, path):
+    assert call(server, path, {"text": "12"}).error == (404, "NotFound")
+    assert call(server, path, {"instances": ["12"]}).status == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/models", "/models/seq2seq", "/models/seq2seq?customized=true", "/models/seq2seq/all"],
+)
+def test_clients_reach_no_management(server, path):
+    """A customized description would never return, and keep the worker from everybody."""
+    for body in (None, {}):
+        assert call(server, path, body).status in (404, 405)
+
+
 def test_headers_of_any_bytes_are_harmless(server):
     headers = {**JSON, "X-Name": b"\xe9\xff".decode("latin-1"), "url_Path": ""}
     assert raw(server, b'{"text": "12"}', headers).status == 200
-
-
-def test_clients_that_leave_hurt_nobody(server, toy):
-    address = urlsplit(server.url)
-    body = json.dumps({"text": spoken(10)}).encode()
-    head = f"POST {PREDICT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    for sent in (len(body), len(body) // 2):
-        for _ in range(20):
-            with socket.create_connection((address.hostname, address.port)) as gone:
-                gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:sent])
-    texts = spoken(5, seed=10)
-    assert call(server, body={"text": texts}).texts == offline(toy, texts)
 
 
 def test_nothing_of_the_repository_is_near_the_worker(server):
@@ -437,28 +450,6 @@ def test_nothing_of_the_repository_is_near_the_worker(server):
 
 
 # Archives
-
-
-def changed(source, target, member) -> None:
-    """A whole and valid archive, in which one byte of one member is another."""
-    with zipfile.ZipFile(source) as given, zipfile.ZipFile(target, "w") as built:
-        for name in given.namelist():
-            content = given.read(name)
-            if name == member:
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            built.writestr(name, content)
-
-
-@pytest.mark.parametrize("member", ["source.model", "model.pt"])
-def test_a_changed_archive_is_refused_by_the_name_of_its_file(toy, tmp_path, member):
-    changed(toy.store / "seq2seq.mar", tmp_path / "seq2seq.mar", member)
-    shutil.copy(toy.store / "seq2seq.mar.sha256", tmp_path)
-    with pytest.raises(ServerError, match=r"seq2seq\.mar has SHA-256"):
-        TorchServe(options(tmp_path)).start()
-    (tmp_path / "seq2seq.mar.sha256").unlink()
-    server = TorchServe(options(tmp_path))
-    with pytest.raises(ServerError, match=f"IntegrityError: {member} in the archive"), server:
-        pytest.fail("is ready")
 
 
 def test_two_versions_are_served_side_by_side(toy, tmp_path):

@@ -6,11 +6,8 @@ Texts are spelt with letters that are one piece each, so expected answers are wr
 import json
 import logging
 import time
-from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from table_model import TableModel
 
 from handler.decoding import Engine
@@ -32,6 +29,19 @@ TOKENIZER = Tokenizer(
 IDS = {letter: TOKENIZER.encode(letter)[-1] for letter in LETTERS}
 
 
+class Normalised:
+    """`TOKENIZER` with a normalisation, of control characters alone."""
+
+    def __getattr__(self, name):
+        return getattr(TOKENIZER, name)
+
+    def encode(self, text):
+        return TOKENIZER.encode("".join(c for c in text if c >= " "))
+
+
+NORMALISED = Normalised()
+
+
 def test_every_letter_is_one_piece():
     assert TOKENIZER.size == 12
     assert len(set(IDS.values())) == len(LETTERS)
@@ -44,8 +54,8 @@ class Echo(TableModel):
 
     card = '{"name": "echo"}'
 
-    def __init__(self):
-        super().__init__({}, poison=IDS["g"])
+    def __init__(self, attention=None):
+        super().__init__({}, poison=IDS["g"], attention=attention)
 
     def start(self, memory):
         # The first piece is a space. Warming up, there is nothing else.
@@ -89,6 +99,15 @@ def answers(one: Service, live: list[Incoming], rounds=200) -> dict[str, Reply]:
 def texts(reply: Reply) -> list[str]:
     assert (reply.status, reply.content_type) == (200, JSON)
     return [one[0]["text"] for one in json.loads(reply.body)["translations"]]
+
+
+def refusal(one: Service, asked: Incoming) -> dict:
+    """The error that answers a request at once, of which nothing is left."""
+    (reply,) = one.round([asked])
+    assert reply is not None
+    error(reply)
+    assert left_nothing(one)
+    return json.loads(reply.body)
 
 
 def error(reply: Reply) -> tuple[int, str]:
@@ -268,6 +287,31 @@ def test_a_failing_model_is_an_error_of_its_requests_alone(broken, monkeypatch, 
     assert texts(answers(one, [ask(1, "a", 1)])["1"]) == ["a"]
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_an_error_of_the_engine_ends_the_requests_it_had_and_nothing_else(
+    rounds, monkeypatch, caplog
+):
+    one = service(rows=2)
+    live = [ask(1, ["a", "b", "c"], 9, beam_size=2), ask(2, "d", 9, max_time=3600), ask(3, "e", 9)]
+    for _ in range(rounds):
+        assert one.round(live) == [None] * 3
+
+    def fail(*_):
+        raise KeyError("secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.engine, "fill", fail)
+        replies = one.round([*live, Incoming("4", "card", "", None)])
+    assert [error(reply) for reply in replies[:3]] == [(500, "DecodingFailed")] * 3
+    assert replies[3].status == 200
+    assert "secret" in caplog.text
+    assert "secret" not in "".join(reply.body for reply in replies)
+    assert left_nothing(one)
+    assert one.gauges() == dict.fromkeys(one.gauges(), 0) | {"row_capacity": 2}
+    got = answers(one, [ask(5, ["a", "b", "c"], 2, beam_size=2), ask(6, "d", 3)])
+    assert (texts(got["5"]), texts(got["6"])) == (["aa", "bb", "cc"], ["ddd"])
+
+
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_a_failing_tokenizer_is_an_error_of_its_request_alone(side, caplog):
     method = "encode" if side == "source" else "decode"
@@ -327,53 +371,224 @@ def test_warming_up_leaves_nothing():
     assert left_nothing(one)
 
 
-@dataclass
-class Client:
-    """A request that arrives at one round and may leave at another."""
-
-    incoming: Incoming
-    expected: object
-    arrives: int
-    leaves: int
+# Paragraphs
 
 
-clients = st.tuples(
-    st.lists(st.sampled_from(LETTERS[:-1]), min_size=1, max_size=4),
-    st.integers(1, 19),
-    st.none() | st.sampled_from(BAD),
-    st.integers(0, 12),
-    st.none() | st.integers(1, 6),
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("a\nb", "aa\nbb"),
+        ("\n\na\r\n \t\n\nb\n\n", "\n\naa\r\n\n\nbb\n\n"),
+        ("a\u2028b\x0bc", "aa\u2028bb\x0bcc"),
+        (" ab ", "aa"),
+    ],
 )
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(clients, max_size=12), st.integers(1, 5), st.integers(1, 9))
-def test_nothing_is_left_whoever_comes_and_goes(drawn, rows, steps):
-    one = service(rows, max_texts=8, round_ms=float(steps))
-    everybody = []
-    for i, (spoken, length, bad, arrives, stays) in enumerate(drawn):
-        incoming = ask(i, spoken, length)
-        expected = [letter * length for letter in spoken]
-        if bad is not None:
-            incoming, expected = Incoming(str(i), *list(vars(bad[0]).values())[1:]), bad[1]
-        leaves = arrives + stays if stays is not None else 10**6
-        everybody.append(Client(incoming, expected, arrives, leaves))
-    answered = set()
-    for now in range(500):
-        live = [
-            c for c in everybody if c.arrives <= now < c.leaves and c.incoming.id not in answered
-        ]
-        for client, reply in zip(live, one.round([c.incoming for c in live])):
-            if reply is None:
-                continue
-            answered.add(client.incoming.id)
-            got = texts(reply) if reply.status == 200 else error(reply)
-            assert got == client.expected
-        held = {id(p) for p in one.pending.values()}
-        assert {id(p) for p in one.owner.values()} <= held
-        assert set(one.pending) <= {c.incoming.id for c in live} - answered
-        if not live and now > 12:
-            break
-    stayed = {c.incoming.id for c in everybody if c.leaves == 10**6}
-    assert stayed <= answered
+def test_line_breaks_and_blank_lines_of_a_text_are_kept(text, answer):
+    one = service()
+    reply = answers(one, [ask(1, [text, "c"])])["1"]
+    assert texts(reply) == [answer, "cc"]
     assert left_nothing(one)
+
+
+def test_a_text_that_is_not_split_is_one_sentence():
+    one = service()
+    got = answers(one, [ask(1, "a\nb", 3, split=False), ask(2, "a\nb", 3)])
+    assert texts(got["1"]) == ["aaa"]
+    assert texts(got["2"]) == ["aaa\nbbb"]
+    tokens = [json.loads(got[key].body)["usage"]["target_tokens"] for key in "12"]
+    assert tokens == [3, 6]
+
+
+def test_a_sentence_of_control_characters_becomes_empty():
+    """A tokenizer that normalises drops them; a text of nothing else is refused."""
+    one = service(source=NORMALISED)
+    got = answers(one, [ask(1, "\x01\na\n\x02\x03"), ask(2, "\x01\n\x02"), ask(3, "\x01")])
+    assert texts(got["1"]) == ["\naa\n"]
+    assert error(got["2"]) == error(got["3"]) == (400, "EmptyText")
+    assert left_nothing(one)
+
+
+def test_what_is_told_of_a_paragraph_is_told_of_all_its_sentences():
+    one = service(rows=8, model=Echo(attention={}))
+    told = {"return_scores": True, "return_tokens": True, "return_alignments": True}
+    asked = [
+        ask(key, text, 2, beam_size=2, n_best=2, **told)
+        for key, text in (("both", "a\nb"), ("a", "a"), ("b", "b"))
+    ]
+    both, a, b = (json.loads(one.body) for one in answers(one, asked).values())
+    assert both["usage"] == {
+        side: a["usage"][side] + b["usage"][side] for side in ("source_tokens", "target_tokens")
+    }
+    for rank in range(2):
+        whole, first, second = (each["translations"][0][rank] for each in (both, a, b))
+        assert whole["text"] == f"{first['text']}\n{second['text']}"
+        assert whole["score"] == pytest.approx(first["score"] + second["score"], abs=2e-4)
+        assert whole["tokens"] == first["tokens"] + second["tokens"]
+        assert whole["alignment"] == first["alignment"] + second["alignment"]
+        assert [len(part["weights"]) for part in whole["alignment"]] == [2, 2]
+        assert whole["alignment"][0]["source"] == ["▁", "a", "</s>"]
+
+
+def test_a_sentence_with_fewer_hypotheses_lends_its_last_to_the_paragraph():
+    model = Echo()
+    one = service(rows=2, model=model, clock=Clock(model))
+    beam = {"beam_size": 2, "n_best": 2}
+    (alone,) = json.loads(answers(one, [ask(1, "a", 3, **beam)])["1"].body)["translations"]
+    # Time is over when "a" has ended, after 1 + 2 + 2 rows, and "b" has not begun.
+    (found,) = json.loads(
+        answers(one, [ask(1, "a\nb", 3, max_time=0.0045, **beam)])["1"].body
+    )["translations"]
+    assert [each["text"] for each in found] == [f"{each['text']}\n" for each in alone]
+    assert [each["finish_reason"] for each in found] == ["time", "time"]
+
+
+def test_the_gravest_reason_is_told_of_a_paragraph():
+    model = Echo()
+    one = service(rows=1, model=model, clock=Clock(model))
+    asked = ask(1, "a\nb", 5, max_time=0.0075)  # after 7 steps of one row
+    (((told,),)) = json.loads(answers(one, [asked])["1"].body)["translations"]
+    assert told == {"text": "aaaaa\nbbb", "finish_reason": "time"}
+
+
+# Time
+
+
+def test_when_time_is_over_what_there_is_is_answered():
+    model = Echo()
+    one = service(rows=2, model=model, clock=Clock(model))
+    live = [
+        ask("short", "a", 19, max_time=0.0055),  # six steps of two rows, or less
+        ask("waits", "b", 19, max_time=0.0055),
+        ask("free", "c", 6),
+        ask("hour", "d", 3, max_time=3600),
+    ]
+    got = answers(one, live)
+    told = {
+        key: json.loads(reply.body)["translations"][0][0] for key, reply in got.items()
+    }
+    assert told["short"] == {"text": "aaa", "finish_reason": "time"}
+    assert told["waits"] == {"text": "bbb", "finish_reason": "time"}
+    assert told["free"] == {"text": "cccccc", "finish_reason": "length"}
+    assert told["hour"] == {"text": "ddd", "finish_reason": "length"}
+    assert left_nothing(one)
+
+
+@pytest.mark.parametrize("form", ["power", "gnmt"])
+@pytest.mark.parametrize("options", [
+    {}, {"beam_size": 2, "n_best": 2}, {"return_scores": True, "return_alignments": True},
+    {"coverage_penalty": 1.0},
+])
+def test_time_may_be_over_before_the_first_token(options, form):
+    one = service(rows=2, model=Echo(attention={}))
+    live = [
+        ask("late", ["a", "b", "c"], length_penalty=1.0, length_penalty_form=form,
+            max_time=1e-9, **options),
+        ask("other", "d", 3),
+    ]
+    got = answers(one, live)
+    told = json.loads(got["late"].body)["translations"]
+    assert [(each[0]["text"], each[0]["finish_reason"]) for each in told] == [("", "time")] * 3
+    assert texts(got["other"]) == ["ddd"]
+    assert left_nothing(one)
+
+
+# Prefixes
+
+
+def test_a_prefix_begins_the_first_sentence_of_each_text():
+    one = service()
+    reply = answers(one, [ask(1, ["a\nb", "c"], 4, prefix="ef")])["1"]  # and its space
+    assert texts(reply) == ["efa\nbbbb", "efc"]
+
+
+def test_a_prefix_begins_the_first_sentence_that_has_words():
+    one = service(source=NORMALISED)
+    assert texts(answers(one, [ask(1, "\x01\na", 3, prefix="b")])["1"]) == ["\nba"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("ax", "prefix: got 'ax'; allowed: characters that the model can write"),
+        ("a\ud800", "prefix: character 1 is a lone surrogate, U+D800; allowed: Unicode text"),
+        ("abcdefab", "prefix: got 9 tokens; allowed: at most max_length, 8"),
+        ("a" * 4097, "allowed: a string of at most 4096 characters or null"),
+        (5, "prefix: got 5; allowed: a string"),
+    ],
+)
+def test_a_prefix_that_cannot_be_is_refused_by_name_and_nothing_admitted(prefix, message):
+    told = refusal(service(), ask(1, ["a\nb", "c"], 8, prefix=prefix))
+    assert (told["code"], told["type"]) == (400, "InvalidOption")
+    assert message in told["message"]
+
+
+def test_options_that_the_model_has_no_attention_for_are_refused_by_name():
+    """Of the kinds of models, `sutskever` has none."""
+    for name, value in (("coverage_penalty", 0.5), ("return_alignments", True)):
+        told = refusal(service(), ask(1, ["a", "b"], **{name: value}))
+        assert told["message"].startswith(f"{name}: got {value}; allowed by this model")
+
+
+def test_options_that_leave_no_token_are_the_mistake_of_their_request():
+    """Eight tokens, none of them twice, cannot be nineteen."""
+    for beam in (1, 2):
+        one = service()
+        asked = ask(1, "a", 19, min_length=19, no_repeat_ngram_size=1, beam_size=beam)
+        reply = answers(one, [asked])["1"]
+        assert error(reply)[0] == 400
+
+
+# Too much
+
+
+def test_more_sentences_than_allowed_are_refused():
+    one = service(max_sentences=3)
+    told = refusal(one, ask(1, ["a\nb", "c\nd"]))
+    assert (told["code"], told["type"]) == (413, "TooManySentences")
+    assert told["message"].startswith("text: got 4 sentences; allowed: at most 3 in a request")
+    assert texts(answers(one, [ask(1, ["a\nb", "c"])])["1"]) == ["aa\nbb", "cc"]
+
+
+def test_a_request_that_would_wait_too_long_is_told_to_come_again():
+    one = service(rows=1, max_waiting=2)
+    first = ask(1, ["a", "b"], 4)
+    assert one.round([first]) == [None]  # "b" waits
+    none, reply = one.round([first, ask(2, ["c", "d"])])
+    assert none is None
+    assert error(reply) == (503, "Overloaded")
+    assert reply.retry_after == 1
+    assert len(one.pending) == 1
+    got = answers(one, [first, ask(3, "c")])
+    assert {key: texts(each) for key, each in got.items()} == {"1": ["aaaa", "bbbb"], "3": ["cc"]}
+    assert left_nothing(one)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_many_texts_do_not_hold_up_a_small_request_that_comes_later(rows):
+    one = service(rows=rows)
+    crowd, length = ask("crowd", list("abcdef") * 40, 5), 5
+    for _ in range(7):
+        assert one.round([crowd]) == [None]
+    small, rounds, reply = ask("small", "b", length), 0, None
+    while reply is None:
+        _, reply = one.round([crowd, small])
+        rounds += 1
+    assert texts(reply) == ["b" * length]
+    assert rounds <= 240 * length / rows / 10  # a tenth of what the crowd needs
+    assert texts(answers(one, [crowd], rounds=1500)["crowd"]) == [c * 5 for c in "abcdef" * 40]
+
+
+def test_a_crowd_of_small_requests_does_not_starve_a_large_one():
+    one = service(rows=2)
+    large, number = ask("large", list("abc"), 3), 0
+    assert one.round([large]) == [None]
+    small = [ask(f"s{i}", "d", 3) for i in range(4)]
+    for _ in range(100):
+        reply, *others = one.round([large, *small])
+        if reply is not None:
+            break
+        for i, each in enumerate(others):
+            if each is not None:
+                number += 1
+                small[i] = ask(f"t{number}", "d", 3)
+    assert texts(reply) == ["aaa", "bbb", "ccc"]

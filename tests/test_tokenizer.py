@@ -114,6 +114,41 @@ def test_decoding_skips_special_ids_and_mends_broken_bytes() -> None:
     assert set(USUAL.decode(broken).strip()) == {"\ufffd"}
 
 
+BYTE_IDS = {int(p[3:-1], 16): i for i, p in enumerate(USUAL.pieces(range(SIZE))) if "<0x" in p}
+# Whole characters, and all ways to be none: cut, overlong, surrogates, beyond Unicode.
+CHARACTERS = [
+    *(c.encode() for c in "aé가😀\u0301\U0010ffff\0 \u2581"), b"\xc0\x80", b"\xe0\x80\x80",
+    b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xf5\x80\x80\x80", b"\xff", b"\x80", b"\xf0\x9f",
+]  # fmt: skip
+some_ids = st.lists(st.integers(4, SIZE - 1), max_size=3) | st.sampled_from(CHARACTERS).map(
+    lambda given: [BYTE_IDS[byte] for byte in given]
+)
+
+
+def test_every_byte_has_a_piece() -> None:
+    assert sorted(BYTE_IDS) == list(range(256))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(some_ids, max_size=6).map(lambda parts: [i for part in parts for i in part]))
+def test_settled_ids_have_a_text_that_no_further_id_changes(ids: list[int]) -> None:
+    text, before = USUAL.decode(ids), 0
+    for n in range(len(ids) + 1):
+        settled = USUAL.settled(ids[:n])
+        assert n - 3 <= settled <= n
+        assert settled >= before
+        assert text.startswith(USUAL.decode(ids[:settled]))
+        before = settled
+
+
+def test_bytes_settle_when_their_character_is_whole() -> None:
+    ids = USUAL.encode("the ö😀")
+    first = len(ids) - 6
+    counts = [USUAL.settled(ids[:n]) for n in range(len(ids) + 1)]
+    assert counts == [*range(first + 1), first, *[first + 2] * 4, first + 6]
+    assert USUAL.settled([*ids[:first], *USUAL.encode("a")]) == first + len(USUAL.encode("a"))
+
+
 @pytest.mark.parametrize("wrong", [-1, SIZE, 10**9, 10**30])
 def test_ids_outside_the_vocabulary_are_named(wrong: int) -> None:
     for use in (USUAL.decode, USUAL.pieces):

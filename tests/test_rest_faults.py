@@ -1,0 +1,240 @@
+"""What goes wrong around a server: clients that vanish, a worker that is killed, a queue that is
+full, an archive that was changed."""
+
+import dataclasses
+import http.client
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import GUARD_SECONDS, JSON, PREDICT, Reply, call, connected, options, workers
+from test_metrics import idle, opened, scraped
+from test_rest import offline, spoken
+from test_rest_streaming import address, heard, request, streamed
+
+from handler.integrity import DIGESTS, write_digests
+from server.errors import ServerError
+from server.torchserve import TorchServe
+
+CONFIG = "model-config.yaml"
+BATCH, QUEUE, WAITING = 16, 16, 1100  # requests, requests, sentences
+SLOW = {"text": ["9" * 60] * 24, "beam_size": 8, "min_length": 60}
+
+
+def changed(source: Path, target: Path, member: str) -> None:
+    """A whole and valid archive, in which one byte of one member is another."""
+    with zipfile.ZipFile(source) as given, zipfile.ZipFile(target, "w") as built:
+        for name in given.namelist():
+            content = given.read(name)
+            if name == member:
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            built.writestr(name, content)
+
+
+def configured(source: Path, target: Path, folder: Path, handler: dict, **more: object) -> None:
+    """The archive with another model-config.yaml, and digests that say so."""
+    with zipfile.ZipFile(source) as given:
+        given.extractall(folder)
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    config |= more
+    config["handler"] |= handler
+    (folder / CONFIG).write_text(yaml.safe_dump(config))
+    (folder / DIGESTS).unlink()
+    write_digests(folder)
+    with zipfile.ZipFile(target, "w") as built:
+        for path in folder.rglob("*"):
+            built.write(path, path.relative_to(folder))
+
+
+@pytest.fixture(scope="module")
+def narrow(toy, tmp_path_factory):
+    """A server of few requests at once, which clients reach from outside."""
+    store = tmp_path_factory.mktemp("narrow")
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    configured(
+        toy.store / "seq2seq.mar", store / "seq2seq.mar", unpacked,
+        {"max_waiting": WAITING}, batchSize=BATCH, jobQueueSize=QUEUE,
+    )
+    with TorchServe(dataclasses.replace(options(store), host="0.0.0.0")) as started:
+        yield started
+
+
+# Clients
+
+
+def test_clients_that_leave_hurt_nobody(server, toy):
+    whole = request({"text": spoken(10)})
+    for sent in (len(whole), len(whole) // 2, 40):
+        for _ in range(20):
+            with socket.create_connection(address(server)) as gone:
+                gone.sendall(whole[:sent])
+    texts = spoken(5, seed=10)
+    assert call(server, body={"text": texts}).texts == offline(toy, texts)
+
+
+def test_streams_that_are_reset_hurt_nobody(server, toy):
+    """A client that is killed sends a reset, not a farewell."""
+    reset = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # struct linger: on, 0 seconds
+    for _ in range(10):
+        connection, _ = opened(server, SLOW)
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        connection.close()
+    assert streamed(server, {"text": "12"})["translations"][0][0]["text"] == offline(toy, ["12"])[0]
+    scraped(server, idle, seconds=30)
+
+
+def test_a_client_that_sends_its_request_slowly_hinders_nobody(server, toy):
+    whole = request({"text": "345"})
+    (expected,) = offline(toy, ["345"])
+    with socket.create_connection(address(server), GUARD_SECONDS) as slow:
+        for i in range(len(whole)):
+            slow.sendall(whole[i : i + 1])
+            if i % 40 == 0:
+                assert call(server, body={"text": "345"}).texts == [expected]
+        reply = http.client.HTTPResponse(slow)
+        reply.begin()
+        assert json.load(reply)["translations"][0][0]["text"] == expected
+        reply.close()
+
+
+# The network
+
+
+def test_only_predictions_are_reached_from_outside(narrow):
+    """gRPC breaks with continuous batching, and management stays at home."""
+    listening = {
+        one.laddr.port: ipaddress.ip_address(one.laddr.ip.removeprefix("::ffff:"))
+        for one in psutil.Process(narrow.pid).net_connections("inet")
+        if one.status == psutil.CONN_LISTEN
+    }
+    ports = narrow._ports
+    assert {name for name in ports if ports[name] in listening} >= {
+        "inference", "management", "metrics", "grpc inference", "grpc management",
+    }
+    outside = {port for port, ip in listening.items() if not ip.is_loopback}
+    assert outside == {ports["inference"]}
+
+
+# Too much at once
+
+
+def test_requests_beyond_the_queue_are_told_so_and_the_others_answered(narrow):
+    (expected,) = {tuple(call(narrow, body=SLOW).texts)}
+    with ThreadPoolExecutor(80) as pool:
+        replies = list(pool.map(lambda _: call(narrow, body=SLOW), range(80)))
+    statuses = Counter(reply.status for reply in replies)
+    assert set(statuses) == {200, 503}
+    assert statuses[200] >= QUEUE
+    assert {tuple(reply.texts) for reply in replies if reply.status == 200} == {expected}
+    assert call(narrow, body=SLOW).texts == list(expected)
+
+
+def test_when_too_many_sentences_wait_the_client_is_told_when_to_come_again(narrow):
+    connection, first = opened(narrow, {"text": ["9" * 60] * 1024, "min_length": 60})
+    with closing(connection):
+        for body, shape in (
+            ({"text": ["12"] * 1024}, ["code", "type", "message"]),
+            ({"instances": ["12"] * 1024}, ["error", "code", "type", "message"]),
+        ):
+            reply = call(narrow, body=body)
+            assert (reply.status, reply.retry_after) == (503, "1")
+            assert list(reply.json) == shape
+            assert reply.json["type"] == "Overloaded"
+        assert call(narrow, body={"text": "12"}).retry_after is None
+        said, _ = heard(first.read())
+    assert len(said) == 1024
+    assert len(call(narrow, body={"text": ["12"] * 1024}).texts) == 1024
+
+
+# A worker that is killed
+
+
+def outcome(server, body: dict, right: list[str], begun: threading.Event) -> str:
+    """What becomes of one request; when the first part of a stream is there, `begun` is set."""
+
+    def judged(answer: dict) -> str:
+        best = [found[0]["text"] for found in answer["translations"]]
+        return "answered" if best == right else "wrong"
+
+    try:
+        with closing(connected(server.url)) as connection:
+            connection.request("POST", PREDICT, json.dumps(body).encode(), JSON)
+            reply = connection.getresponse()
+            if reply.status != 200:
+                return str(reply.status)
+            if not body.get("stream"):
+                return judged(json.load(reply))
+            reply.peek(1)
+            begun.set()
+            received = reply.read()
+            if b"event: error" in received:
+                return "told"
+            return judged(heard(received)[1])
+    except (OSError, http.client.HTTPException):
+        return "broken off"
+
+
+def test_after_its_worker_is_killed_a_server_answers_again(narrow, toy):
+    (before,) = workers(narrow)
+    right = call(narrow, body=SLOW).texts
+    begun = threading.Event()
+    with ThreadPoolExecutor(20) as pool:
+        streams, others = (
+            [pool.submit(outcome, narrow, body, right, begun) for _ in range(count)]
+            for body, count in (({**SLOW, "stream": True}, 6), (SLOW, 14))
+        )
+        assert begun.wait(GUARD_SECONDS)
+        os.kill(before, signal.SIGKILL)
+        parts, whole = (
+            Counter(one.result(GUARD_SECONDS) for one in some) for some in (streams, others)
+        )
+    errors = {"500", "503", "507"}
+    assert set(whole) <= errors | {"answered"}
+    assert sum(whole[end] for end in errors) > 0
+    assert set(parts) <= errors | {"answered", "told", "broken off"}
+    assert parts["told"] + parts["broken off"] > 0
+    texts = spoken(20, seed=16)
+    assert again(narrow, {"text": texts}).texts == offline(toy, texts)
+    (after,) = workers(narrow)
+    assert after != before
+    assert streamed(narrow, {"text": texts})["translations"][3][0]["text"] == offline(
+        toy, texts[3:4]
+    )[0]
+    scraped(narrow, idle, seconds=30)
+
+
+def again(server, body: dict) -> Reply:
+    """The answer to a request that is sent until it is answered."""
+    deadline = time.monotonic() + GUARD_SECONDS
+    while (reply := call(server, PREDICT, body, JSON)).status >= 500:
+        assert time.monotonic() < deadline, reply
+        time.sleep(0.5)
+    return reply
+
+
+# Archives
+
+
+@pytest.mark.parametrize("member", ["source.model", "model.pt"])
+def test_a_changed_archive_is_refused_by_the_name_of_its_file(toy, tmp_path, member):
+    changed(toy.store / "seq2seq.mar", tmp_path / "seq2seq.mar", member)
+    shutil.copy(toy.store / "seq2seq.mar.sha256", tmp_path)
+    with pytest.raises(ServerError, match=r"seq2seq\.mar has SHA-256"):
+        TorchServe(options(tmp_path)).start()
+    (tmp_path / "seq2seq.mar.sha256").unlink()
+    server = TorchServe(options(tmp_path))
+    with pytest.raises(ServerError, match=f"IntegrityError: {member} in the archive"), server:
+        pytest.fail("is ready")
