@@ -85,16 +85,7 @@ class Seq2SeqHandler:
             return self.answered(data, ctx)
 
     def answered(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
-        live = [
-            Incoming(
-                ctx.get_request_id(i),
-                header(ctx, i, "url_path"),
-                header(ctx, i, "content-type"),
-                one.get("body", one.get("data")),
-                header(ctx, i, "explain").lower() == "true",
-            )
-            for i, one in enumerate(data)
-        ]
+        live = [self.incoming(i, one, ctx) for i, one in enumerate(data)]
         replies = self.service.round(live)
         for i, reply in enumerate(replies):
             if reply is None:
@@ -106,6 +97,19 @@ class Seq2SeqHandler:
                     ctx.set_response_header(i, "Retry-After", str(reply.retry_after))
         ctx.stopping_criteria = [criterion(reply) for reply in replies]
         return ["" if reply is None else reply.body for reply in replies]
+
+    def incoming(self, i: int, one: dict[str, Any], ctx: Any) -> Incoming:
+        """Request `i`; TorchServe repeats it at every call, and it is read at the first."""
+        name = ctx.get_request_id(i)
+        if name in self.service.pending:
+            return Incoming(name)
+        return Incoming(
+            name,
+            header(ctx, i, "url_path"),
+            header(ctx, i, "content-type"),
+            one.get("body", one.get("data")),
+            header(ctx, i, "explain").lower() == "true",
+        )
 
 
 def usable_cpus() -> int:

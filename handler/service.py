@@ -43,8 +43,9 @@ class ServiceOptions:
 
     rows: hypotheses decoded together; the memory of decoding grows with it.
     round_ms: milliseconds of decoding between two looks at new requests, then one step more at
-        most. A call costs about 2 ms of frontend time whatever it does: the longer a call, the
-        less of it that is; and the longer a newcomer waits. Measured in docs/results.md.
+        most. A call costs the frontend 2 ms and more, as it sends every live request anew: the
+        longer a call, the less of it that is; and the longer a newcomer waits. Measured in
+        docs/results.md.
     max_texts: texts in one request.
     max_sentences: sentences in one request, when its texts are split.
     max_waiting: sentences that wait for rows; requests beyond get 503.
@@ -56,7 +57,7 @@ class ServiceOptions:
     """
 
     rows: int = field(default=64, metadata={"minimum": 1, "maximum": 65536})
-    round_ms: float = field(default=10.0, metadata={"minimum": 0.0, "maximum": 1000.0})
+    round_ms: float = field(default=20.0, metadata={"minimum": 0.0, "maximum": 1000.0})
     max_texts: int = field(default=1024, metadata={"minimum": 1})
     max_sentences: int = field(default=4096, metadata={"minimum": 1})
     max_waiting: int = field(default=16384, metadata={"minimum": 1})
@@ -67,12 +68,12 @@ class ServiceOptions:
 
 @dataclass(frozen=True)
 class Incoming:
-    """One live request of a round. `body` is None once TorchServe has stopped repeating it."""
+    """One live request of a round; of one that is pending the id is enough."""
 
     id: str
-    path: str
-    content_type: str | None
-    body: object
+    path: str = ""
+    content_type: str | None = None
+    body: object = None
     explain: bool = False
 
 

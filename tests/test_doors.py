@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_service import Echo, answers, ask, left_nothing, service
+from echo_service import Echo, answers, ask, left_nothing, service
 
 from handler.doors import DOORS, KServeV1, Native, OpenInference
 from handler.request import JSON, door_of

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import GUARD_SECONDS, JSON, PREDICT, call, connected
+from echo_service import Clock, Echo, answers, ask, service
 from test_handler import Recorder
-from test_service import Clock, Echo, answers, ask, service
 
 from handler import reporting
 from handler.metrics import PREFIX, STEP_BUCKETS, WAIT_BUCKETS, Metrics

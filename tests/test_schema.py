@@ -11,10 +11,10 @@ import jsonschema
 import pytest
 from conftest import JSON as JSON_HEADERS
 from conftest import call, raw
+from echo_service import Clock, ask, left_nothing, service
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis_jsonschema import from_schema
-from test_service import Clock, ask, left_nothing, service
 from test_streaming import BYTES, Babbler, told, transcript
 
 from handler.request import JSON, RequestOptions

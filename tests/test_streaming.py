@@ -5,10 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from table_model import TableMemory, TableModel
-from test_service import (
+from echo_service import (
     BAD,
     IDS,
     LETTERS,
@@ -22,6 +19,9 @@ from test_service import (
     service,
     texts,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from table_model import TableMemory, TableModel
 
 from handler.doors import Door
 from handler.request import JSON, TEXT

@@ -108,15 +108,15 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The greatest `count` of [N, K, V], and where they are: [N, K, min(count, V)] each, sorted.
 
     In two stages: a value among the greatest is in one of the `count` blocks that have the
-    greatest maxima. Which way is taken depends on V alone, never on the rows beside one.
+    greatest maxima. Which way is taken depends on V and `count`, never on the rows beside one.
     """
     n, k, vocabulary = logits.shape
     count = min(count, vocabulary)
     blocks = vocabulary // BLOCK
+    if count == 1:
+        values, tokens = logits.max(2, keepdim=True)
+        return values, tokens
     if vocabulary < BLOCKED_FROM or count > blocks:
-        if count == 1:
-            values, tokens = logits.max(2, keepdim=True)
-            return values, tokens
         values, tokens = logits.topk(count, 2)
         return values, tokens
     whole = logits[:, :, : blocks * BLOCK].unflatten(2, (blocks, BLOCK))
