@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,8 @@ def repack(archive: Path, store: Path, size: int, delay: int) -> None:
     Args:
         size, delay: batchSize in requests and maxBatchDelay in ms, of model-config.yaml.
     """
-    with tempfile.TemporaryDirectory(prefix="seq2serve-") as folder:
-        content = Path(folder)
-        with zipfile.ZipFile(archive) as source:
-            source.extractall(content)
+
+    def change(content: Path) -> None:
         manifest = json.loads((content / MANIFEST).read_text("utf-8"))
         described = manifest["model"]
         # Where this module finds the class that it extends, in the archive as in the repository.
@@ -75,6 +74,17 @@ def repack(archive: Path, store: Path, size: int, delay: int) -> None:
         config = yaml.safe_load(path.read_text("utf-8"))
         config |= {"continuousBatching": False, "batchSize": size, "maxBatchDelay": delay}
         path.write_text(yaml.safe_dump(config), "utf-8")
+
+    rebuild(archive, store, change)
+
+
+def rebuild(archive: Path, store: Path, change: Callable[[Path], None]) -> None:
+    """`archive` as `store`/seq2seq.mar, its unpacked content as `change` leaves it."""
+    with tempfile.TemporaryDirectory(prefix="seq2serve-") as folder:
+        content = Path(folder)
+        with zipfile.ZipFile(archive) as source:
+            source.extractall(content)
+        change(content)
         write_digests(content)
         store.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(store / "seq2seq.mar", "w") as target:
