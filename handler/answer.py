@@ -1,7 +1,7 @@
 """From what the engine decoded to what a client is told: whole answers, and streams of text."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from handler.sentences import Segment, join
 from handler.tokenizer import Tokenizer
 
 GRAVEST_LAST = ("eos", "length", "time")
+Committed = Callable[[int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,12 @@ class Stream:
         self.sent = [""] * len(parts)
         self.opened = False
 
-    def news(self, ended: dict[int, Event], committed: dict[int, list[int]]) -> Iterator[str]:
+    def news(self, ended: dict[int, Event], committed: Committed) -> Iterator[str]:
         """Server-sent events with the text that has been decided since the last call.
 
         Args:
-            committed: of each sentence that has not ended, the tokens that are decided.
+            committed: tells the tokens that are decided of a sentence that has not ended; asked of
+                the first such sentence of each text.
         """
         for index in range(len(self.parts)):
             if not self.grow(index, ended, committed):
@@ -134,16 +136,14 @@ class Stream:
                 self.sent[index] = text
                 yield event({"index": index, "text": text[len(sent) :]})
 
-    def grow(
-        self, index: int, ended: dict[int, Event], committed: dict[int, list[int]]
-    ) -> bool:
+    def grow(self, index: int, ended: dict[int, Event], committed: Committed) -> bool:
         """Whether there is more of a text than at the last call."""
         whole, sentences = self.whole[index], self.parts[index].sentences
         before = len(whole), self.growing[index]
         while len(whole) < len(sentences):
             sentence = sentences[len(whole)]
             if sentence is not None and sentence not in ended:
-                tokens = committed.get(sentence, [])
+                tokens = committed(sentence)
                 self.growing[index] = self.target.decode(tokens[: self.target.settled(tokens)])
                 break
             results = ended[sentence].results if sentence is not None else []

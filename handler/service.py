@@ -320,8 +320,8 @@ class Service:
             if stream is None:
                 body, content_type = request.door.leave(answer), request.door.content_type
             else:
-                body = "".join(stream.news(pending.ended, {})) + event(answer, "answer")
-                content_type = EVENTS
+                news = stream.news(pending.ended, self.engine.committed)
+                body, content_type = "".join(news) + event(answer, "answer"), EVENTS
             size, most = len(body.encode()), self.options.max_response_bytes
             if size > most:
                 message = f"the answer has {size} bytes; allowed: {most}; send fewer texts"
@@ -339,10 +339,7 @@ class Service:
         """
         stream = pending.stream
         assert stream is not None
-        open_ = [s for s in pending.sentences if s not in pending.ended]
-        body = "".join(
-            stream.news(pending.ended, {s: self.engine.committed(s) for s in open_})
-        )
+        body = "".join(stream.news(pending.ended, self.engine.committed))
         if not body and stream.opened:
             return None
         stream.opened = True

@@ -235,9 +235,8 @@ class Engine:
                         events.append(failed(one.id, error))
                     del self.lanes[width]
             events += self.settle(moves)
-            if events:
-                for event in events:
-                    self.sentences.pop(event.sentence, None)
+            for event in events:
+                self.sentences.pop(event.sentence, None)
             if self.idle:
                 break
         return events

@@ -10,7 +10,6 @@ from handler.decoding.sentence import NEVER, Sentence
 BLOCK = 64  # logits that the first stage of top-k looks at together
 BLOCKED_FROM = 2048  # vocabulary from which two stages are faster than one
 NUCLEUS = 256  # most likely tokens that top-p looks at before it sorts the whole vocabulary
-
 SCRATCH = 1 << 18  # floats that stay in a processor's cache
 
 Candidate = tuple[float, int, int]
