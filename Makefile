@@ -4,9 +4,16 @@ PYTHON ?= python3
 RECIPE ?= recipes/dates.yaml
 # Folder of the text, instead of the recipe's own: make demo RECIPE=... DATA=/path/to/text
 DATA ?=
+# Keys of the recipe to change: make train SET="training.seed=2 training.epochs=5"
+SET ?=
+# Further options of the verb train: make train TRAIN="--accept-changes"
+TRAIN ?= $(if $(FRESH),--fresh)
 # cpu: torch's CPU build, without gigabytes of CUDA packages. cuda: the build for NVIDIA GPUs.
 TORCH ?= cpu
 PORT ?= 8080
+# Folders of trained runs that answer as one: make ensemble RUN=runs/all MEMBERS="runs/a runs/b"
+MEMBERS ?=
+OUT ?= $(RUN)/distilled
 URL ?= http://127.0.0.1:$(PORT)
 TEXT ?=
 
@@ -18,13 +25,13 @@ RUN ?= runs/$(or $(NAME),none)
 ARCHIVE := $(RUN)/archive/seq2seq.mar
 STORE := model-store
 TRAINING = $(BIN)/python -m training
-OPTIONS = $(RECIPE) --run $(RUN) $(if $(DATA),--data $(DATA))
+OPTIONS = $(RECIPE) --run $(RUN) $(if $(DATA),--data $(DATA)) $(foreach change,$(SET),--set $(change))
 TORCH_VERSION := $(shell sed -n 's/^ *"torch==\([^"]*\)".*/\1/p' pyproject.toml)
 HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup prepare train evaluate export archive mar serve translate demo test lint bench clean
+.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint bench paper clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -50,6 +57,8 @@ endif
 	@$(BIN)/pip install -q -e '.[dev]'
 	@touch $@
 
+force:
+
 $(RECIPE):
 	@echo "RECIPE: $@ does not exist; there are: $(wildcard recipes/*.yaml)" >&2; exit 1
 
@@ -58,8 +67,8 @@ $(RUN)/data/report.json: $(RECIPE) | $(READY)
 	$(TRAINING) prepare $(OPTIONS)
 
 train: $(RUN)/training.json  ## learn the weights; goes on where a stopped run was (FRESH=1: anew)
-$(RUN)/training.json: $(RUN)/data/report.json
-	$(TRAINING) train $(OPTIONS) $(if $(FRESH),--fresh)
+$(RUN)/training.json: $(RUN)/data/report.json $(if $(TRAIN),force)
+	$(TRAINING) train $(OPTIONS) $(TRAIN)
 
 evaluate: $(RUN)/scores.json  ## score the best weights on validation and test text
 $(RUN)/scores.json: $(RUN)/training.json
@@ -84,6 +93,15 @@ archive: mar  ## another name for mar, after its verb
 serve: | $(READY)  ## serve model-store/seq2seq.mar until Ctrl-C (PORT=0: free ports)
 	@exec $(BIN)/python -m server serve --model-store $(STORE) $(if $(filter 0,$(PORT)),--free-ports,--port $(PORT))
 
+ensemble: | $(READY)  ## MEMBERS="runs/a runs/b" RUN=runs/all: several trained runs as one
+	$(TRAINING) ensemble $(OPTIONS) --members $(MEMBERS)
+
+distill: $(RUN)/training.json  ## text with the run's translations as targets, for a student (OUT=folder)
+	$(TRAINING) distill $(OPTIONS) --out $(OUT)
+
+report: | $(READY)  ## write RUN/report/index.html, also of a run that is still training
+	$(TRAINING) report $(OPTIONS)
+
 translate: | $(READY)  ## TEXT="...": translate with a running server (URL=http://127.0.0.1:8080)
 	@$(BIN)/python -m server translate --url $(URL) $(if $(TEXT),"$$TEXT")
 export TEXT
@@ -101,6 +119,9 @@ test: | $(READY)  ## every test, end to end included (four minutes on 2 cores)
 
 bench: mar  ## measure the served model: requests a second and latency
 	$(BIN)/python -m bench.serving $(STORE) $(RUN)/data/test.source
+
+paper: | $(READY)  ## DATA=/path/to/multi30k: what the paper compared, trained and compared (hours; goes on)
+	$(BIN)/python -m bench.paper --data "$(DATA)"
 
 clean:  ## remove what was built and trained; the environment stays
 	rm -rf runs $(STORE) build

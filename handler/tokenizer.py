@@ -63,6 +63,17 @@ class Tokenizer:
             ) from None
         return list(self._processor.encode(text))
 
+    def sample(self, ids: list[int], alpha: float) -> list[int]:
+        """The ids of the text of `ids`, cut into pieces at random: by a unigram model among all
+        segmentations, `alpha` being the exponent of their probabilities (Kudo 2018, equation 9);
+        by BPE, leaving each merge out with probability `alpha`. Draws from SentencePiece's one
+        random generator: not for several threads at once.
+        """
+        p = self._processor
+        return list(
+            p.encode(p.decode(ids), enable_sampling=True, alpha=alpha, nbest_size=-1)
+        )
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; padding, BOS and EOS are skipped wherever they are, and byte pieces
         that form no UTF-8 become U+FFFD.

@@ -7,12 +7,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from model.dropout import Dropout, dropped
+from model.recurrence import Recurrence
+
 
 class LSTMStack(nn.Module):
     """L layers of LSTM over packed sequences.
 
-    A plain stack is one fused `nn.LSTM` call. Residual connections and layer normalisation act
-    between layers, so a stack that has them is L fused calls of one layer each.
+    On a GPU, and when it does not learn, a plain stack is one fused `nn.LSTM` call. Residual
+    connections, layer normalisation and masks kept over time act between layers, so a stack that
+    has them is L fused calls of one layer each. On a CPU it learns by `Recurrence`.
+
+    Args:
+        dropout: between layers.
+        variational: see `Dropout`.
+        recurrent_dropout: on recurrent weights, one mask an update (DropConnect; Merity et al.
+            2017, arXiv 1708.02182, section 2): a mask kept over time that leaves the layer fused.
     """
 
     def __init__(
@@ -23,13 +33,16 @@ class LSTMStack(nn.Module):
         *,
         bidirectional: bool,
         dropout: float,
+        variational: bool,
+        recurrent_dropout: float,
         residual: bool,
         layer_norm: bool,
     ) -> None:
         super().__init__()
         self.layers = layers
+        self.recurrent_dropout = recurrent_dropout
         width = hidden_size * (2 if bidirectional else 1)
-        per_call = 1 if residual or layer_norm else layers
+        per_call = 1 if residual or layer_norm or variational else layers
         sizes = [input_size] + [width] * (layers // per_call - 1)
         self.calls = nn.ModuleList(
             nn.LSTM(
@@ -46,7 +59,7 @@ class LSTMStack(nn.Module):
             AfterLayer(width, residual=residual and size == width, layer_norm=layer_norm)
             for size in sizes
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout, variational)
 
     def forward(
         self, packed: PackedSequence, h: Tensor | None, c: Tensor | None
@@ -61,18 +74,65 @@ class LSTMStack(nn.Module):
         hs: list[Tensor] = []
         cs: list[Tensor] = []
         for i, (lstm, after) in enumerate(zip(self.calls, self.after)):
-            data = packed.data if i == 0 else self.dropout(packed.data)
+            data = packed.data if i == 0 else self.dropout.packed(packed.data, packed.batch_sizes)
             packed = repacked(packed, data)
+            first: tuple[Tensor, Tensor] | None = None
             if h is not None and c is not None:
                 per_call = h.size(0) // len(self.calls)
-                first, last = i * per_call, (i + 1) * per_call
-                output, (h_last, c_last) = lstm(packed, (h[first:last], c[first:last]))
+                rows = slice(i * per_call, (i + 1) * per_call)
+                first = (h[rows], c[rows])
+            if self.training and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                output, (h_last, c_last) = self.learning(lstm, packed, first)
             else:
-                output, (h_last, c_last) = lstm(packed)
+                output, (h_last, c_last) = lstm(packed, first)
             packed = repacked(output, after(packed.data, output.data))
             hs.append(h_last)
             cs.append(c_last)
         return packed, torch.cat(hs), torch.cat(cs)
+
+    @torch.jit.unused
+    def learning(
+        self, lstm: nn.Module, packed: PackedSequence, first: tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        """What `lstm(packed, first)` is, with dropout on the recurrent weights, and fast on a CPU.
+        """
+        assert isinstance(lstm, nn.LSTM)
+        weights = {
+            name: dropped(weight, self.recurrent_dropout)
+            if self.recurrent_dropout and name.startswith("weight_hh") else weight
+            for name, weight in lstm.named_parameters()
+        }
+        if packed.data.is_cuda:
+            if self.recurrent_dropout == 0.0:
+                return lstm(packed, first)
+            return torch.func.functional_call(lstm, weights, (packed, first))
+        if first is None:
+            rows = lstm.num_layers * (2 if lstm.bidirectional else 1)
+            zeros = packed.data.new_zeros(rows, int(packed.batch_sizes[0]), lstm.hidden_size)
+            first = zeros, zeros
+        elif packed.sorted_indices is not None:
+            first = first[0][:, packed.sorted_indices], first[1][:, packed.sorted_indices]
+        sizes, data = packed.batch_sizes.tolist(), packed.data
+        hs: list[Tensor] = []
+        cs: list[Tensor] = []
+        for layer in range(lstm.num_layers):
+            outputs = []
+            for direction, suffix in enumerate(("", "_reverse")[: 2 if lstm.bidirectional else 1]):
+                at = len(hs)
+                w_ih, w_hh, b_ih, b_hh = (weights[f"{n}_l{layer}{suffix}"] for n in Cell.SOURCES)
+                output, h, c = Recurrence.apply(
+                    data, sizes, w_ih, w_hh, b_ih + b_hh, first[0][at], first[1][at], direction == 1
+                )
+                outputs.append(output)
+                hs.append(h)
+                cs.append(c)
+            data = torch.cat(outputs, 1)
+            if layer < lstm.num_layers - 1:
+                data = self.dropout.packed(data, packed.batch_sizes)
+        h_last, c_last = torch.stack(hs), torch.stack(cs)
+        if packed.unsorted_indices is not None:
+            h_last, c_last = h_last[:, packed.unsorted_indices], c_last[:, packed.unsorted_indices]
+        return repacked(packed, data), (h_last, c_last)
 
     def cells(self) -> "tuple[nn.ModuleList, nn.ModuleList]":
         """The same layers for decoding one step at a time: cells, and what follows each."""

@@ -1,13 +1,46 @@
 """The encoder-decoder as it is trained: whole sequences in, logits of every position out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from model.blocks import BlockLinear
+from model.dropout import Dropout, WordDropout
 from model.lstm import LSTMStack
 from model.options import ModelOptions
 
 PAD = 0  # id of padding, in every vocabulary
+
+
+class Embedded(nn.Module):
+    """What learning drops of embeddings [N, steps, E]: whole words, then elements."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        self.words = WordDropout(options.word_dropout)
+        self.elements = Dropout(
+            or_else(options.embedding_dropout, options.dropout), options.variational_dropout
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.elements(self.words(x))
+
+
+def or_else(value: float | None, otherwise: float) -> float:
+    return otherwise if value is None else value
+
+
+def between_layers(options: ModelOptions) -> dict[str, Any]:
+    """The arguments of `LSTMStack` that are the same on both sides."""
+    return {
+        "dropout": options.dropout,
+        "variational": options.variational_dropout,
+        "recurrent_dropout": options.recurrent_dropout,
+        "residual": options.residual,
+        "layer_norm": options.layer_norm,
+    }
 
 
 class Encoder(nn.Module):
@@ -17,15 +50,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.reverse = options.reverse_source
         self.embedding = nn.Embedding(vocabulary, options.embedding_size, padding_idx=PAD)
-        self.dropout = nn.Dropout(options.dropout)
+        self.embedded = Embedded(options)
         self.stack = LSTMStack(
             options.embedding_size,
             options.encoder_hidden_size,
             options.encoder_layers,
             bidirectional=options.bidirectional,
-            dropout=options.dropout,
-            residual=options.residual,
-            layer_norm=options.layer_norm,
+            **between_layers(options),
         )
 
     def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +70,7 @@ class Encoder(nn.Module):
         """
         if self.reverse:
             source = reversed_within(source, lengths)
-        x = self.dropout(self.embedding(source))  # [N, S, E]
+        x = self.embedded(self.embedding(source))  # [N, S, E]
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         output, h, c = self.stack(packed, None, None)
         y, _ = pad_packed_sequence(output, batch_first=True, total_length=source.size(1))
@@ -65,8 +96,8 @@ class Bridge(nn.Module):
         last = options.encoder_layers * options.directions * options.encoder_hidden_size
         first = options.decoder_layers * options.decoder_hidden_size
         self.learned = options.kind == "attention"
-        self.h = nn.Linear(last, first) if self.learned else nn.Identity()
-        self.c = nn.Linear(last, first) if self.learned else nn.Identity()
+        self.h = BlockLinear(last, first) if self.learned else nn.Identity()
+        self.c = BlockLinear(last, first) if self.learned else nn.Identity()
 
     def forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """[N, L_enc*directions*H_enc] twice -> h_0 and c_0 [N, L, H] of the decoder."""
@@ -77,32 +108,62 @@ class Bridge(nn.Module):
 
 
 class Attention(nn.Module):
-    """Scaled dot-product attention of decoder states over the encoder's outputs
-    (Luong et al. 2015, arXiv 1508.04025, 'general'), and the readout of equation 5."""
+    """Attention of decoder states over the encoder's outputs, and the readout of Luong et al. 2015
+    (arXiv 1508.04025, equation 5), which is not fed back: the decoder never waits for it.
+
+    dot: scores are query . key / sqrt(A / heads) (equation 8, 'general'; the scale is 1706.03762's)
+    additive: scores are v . tanh(query + key) (Bahdanau et al. 2015, arXiv 1409.0473, A.1.2)
+    heads: as many attentions of A / heads each, side by side (1706.03762, section 3.2.2)
+    """
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
         memory = options.directions * options.encoder_hidden_size
-        self.scale = options.attention_size**-0.5
-        self.key = nn.Linear(memory, options.attention_size, bias=False)
-        self.value = nn.Linear(memory, options.attention_size, bias=False)
-        self.query = nn.Linear(options.decoder_hidden_size, options.attention_size, bias=False)
-        self.readout = nn.Linear(
+        self.heads = options.attention_heads
+        head = options.attention_size // options.attention_heads
+        additive = options.attention == "additive"
+        self.scale = 1.0 if additive else head**-0.5
+        self.score = nn.Parameter(torch.empty(self.heads, head)) if additive else None
+        self.key = BlockLinear(memory, options.attention_size, bias=False)
+        self.value = BlockLinear(memory, options.attention_size, bias=False)
+        self.query = BlockLinear(options.decoder_hidden_size, options.attention_size, bias=False)
+        self.readout = BlockLinear(
             options.decoder_hidden_size + options.attention_size, options.feature_size
         )
 
     def forward(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """h [N, K, H], keys and values [N, S, A], mask bool [N, S] -> features [N, K, E]."""
-        context, _ = attend(self.query(h) * self.scale, keys, values, mask)
+        query = self.query(h) * self.scale
+        with torch.autocast("cpu", enabled=False):  # small, and of ever new shapes
+            context, _ = attend(query, keys, values, mask, self.heads, self.score)
         return torch.tanh(self.readout(torch.cat([h, context], 2)))
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries [N, K, A], keys and values [N, S, A], mask bool [N, S] -> context [N, K, A] and the
-    weights that made it, [N, K, S], which sum to 1 and are 0 where the mask is false."""
-    scores = torch.bmm(query, keys.transpose(1, 2))  # [N, K, S]
-    weights = torch.softmax(scores.masked_fill(~mask.unsqueeze(1), float("-inf")), 2)
-    return torch.bmm(weights, values), weights
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, heads: int, score: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Queries [N, K, A], keys and values [N, S, A], mask bool [N, S], and for additive attention
+    v [heads, A / heads] -> context [N, K, A] and the mean over heads of the weights that made it,
+    [N, K, S], which sum to 1 and are 0 where the mask is false."""
+    n, k, s = query.size(0), query.size(1), keys.size(1)
+    if heads > 1:
+        query = query.view(n, k, heads, -1).transpose(1, 2)  # [N, heads, K, A/heads]
+        keys = keys.view(n, s, heads, -1).transpose(1, 2)  # [N, heads, S, A/heads]
+        values = values.view(n, s, heads, -1).transpose(1, 2)
+        mask = mask.view(n, 1, 1, s)
+    else:
+        mask = mask.view(n, 1, s)
+    if score is None:
+        scores = torch.matmul(query, keys.transpose(-1, -2))  # [N, (heads,) K, S]
+    else:
+        energy = torch.tanh(query.unsqueeze(-2) + keys.unsqueeze(-3))  # [N, (heads,) K, S, A/heads]
+        v = score.view(heads, 1, -1, 1) if heads > 1 else score.view(-1, 1)
+        scores = torch.matmul(energy, v.to(energy.dtype)).squeeze(-1)
+    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1)
+    context = torch.matmul(weights, values)
+    if heads > 1:
+        return context.transpose(1, 2).reshape(n, k, -1), weights.mean(1)
+    return context, weights
 
 
 class Network(nn.Module):
@@ -121,17 +182,19 @@ class Network(nn.Module):
         self.encoder = Encoder(options, source_vocabulary)
         self.bridge = Bridge(options)
         self.embedding = nn.Embedding(target_vocabulary, options.embedding_size, padding_idx=PAD)
+        self.embedded = Embedded(options)
         self.decoder = LSTMStack(
             options.embedding_size,
             options.decoder_hidden_size,
             options.decoder_layers,
             bidirectional=False,
-            dropout=options.dropout,
-            residual=options.residual,
-            layer_norm=options.layer_norm,
+            **between_layers(options),
         )
         self.attention = Attention(options) if options.kind == "attention" else None
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout, options.variational_dropout)
+        self.output_dropout = Dropout(
+            or_else(options.output_dropout, options.dropout), options.variational_dropout
+        )
         self.generator = nn.Linear(options.feature_size, target_vocabulary)
         self.initialise()
         if options.tie_embeddings != "none":
@@ -184,7 +247,7 @@ class Network(nn.Module):
         """
         memory, h, c = self.encoder(source, source_lengths)
         h0, c0 = self.bridge(h, c)  # [N, L, H]
-        x = self.dropout(self.embedding(target))  # [N, T, E]
+        x = self.embedded(self.embedding(target))  # [N, T, E]
         packed = pack_padded_sequence(
             x, target_lengths.cpu(), batch_first=True, enforce_sorted=False
         )
@@ -195,7 +258,7 @@ class Network(nn.Module):
         if self.attention is not None:
             keys, values = self.attention.key(memory), self.attention.value(memory)
             y = self.attention(self.dropout(y), keys, values, positions(source, source_lengths))
-        return self.dropout(y)
+        return self.output_dropout(y)
 
     def forward(
         self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor

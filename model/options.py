@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SIZE = {"minimum": 1, "maximum": 65536}
+FRACTION = {"minimum": 0.0, "maximum": 0.9}
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,16 @@ class ModelOptions:
     bidirectional: bool = True
     decoder_layers: int = field(default=1, metadata={"minimum": 1, "maximum": 32})
     decoder_hidden_size: int = field(default=256, metadata=SIZE)
-    attention_size: int = field(default=256, metadata=SIZE)
+    attention: Literal["dot", "additive"] = "dot"
+    attention_size: int = field(default=256, metadata=SIZE)  # of all heads together
+    attention_heads: int = field(default=1, metadata={"minimum": 1, "maximum": 64})
     reverse_source: bool = False
-    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.9})
+    dropout: float = field(default=0.0, metadata=FRACTION)
+    embedding_dropout: float | None = field(default=None, metadata=FRACTION)
+    output_dropout: float | None = field(default=None, metadata=FRACTION)
+    recurrent_dropout: float = field(default=0.0, metadata=FRACTION)
+    word_dropout: float = field(default=0.0, metadata=FRACTION)
+    variational_dropout: bool = False
     layer_norm: bool = False
     residual: bool = False
     tie_embeddings: Literal["none", "decoder", "all"] = "none"
@@ -49,6 +57,11 @@ class ModelOptions:
                     "the encoder's last state to the decoder as it is and needs the decoder's "
                     f"{self.decoder_layers} x {self.decoder_hidden_size}"
                 )
+        if self.attention_size % self.attention_heads:
+            raise ValueError(
+                f"attention_heads: got {self.attention_heads}; allowed: a divisor of "
+                f"attention_size, {self.attention_size}"
+            )
         if self.tie_embeddings != "none" and self.feature_size != self.embedding_size:
             raise ValueError(
                 f"tie_embeddings: got {self.tie_embeddings!r} with embedding_size "

@@ -51,6 +51,8 @@ class Readout(nn.Module):
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
+        self.heads = attention.heads
+        self.score = None if attention.score is None else nn.Parameter(attention.score.detach())
         self.query = Projection(attention.query.weight * attention.scale, None)
         self.readout = Projection(attention.readout.weight, attention.readout.bias)
 
@@ -60,7 +62,7 @@ class Readout(nn.Module):
         """h [N*K, H], K, keys and values [N, S, A], mask bool [N, S] -> features [N*K, E] and
         attention weights [N, K, S]."""
         query = self.query(h).view(keys.size(0), hypotheses, -1)  # [N, K, A]
-        context, weights = attend(query, keys, values, mask)
+        context, weights = attend(query, keys, values, mask, self.heads, self.score)
         features = torch.tanh(self.readout(torch.cat([h, context.flatten(0, 1)], 1)))
         return features, weights
 

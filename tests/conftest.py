@@ -18,8 +18,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+from tiny_run import LETTERS, StraightRuns, Tiny
 
 from server.torchserve import ServerOptions, TorchServe
+from training.prepare import prepare
 from training.recipe import Recipe, load
 from training.run import Run
 
@@ -105,6 +108,44 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
         done = run_verb(verb, recipe_file, "--run", run, *more)
         assert done.returncode == 0, f"{verb}: {done.stderr}"
     return Toy(recipe_file, load(recipe_file), Run(run), store)
+
+
+# Tiny runs: see tiny_run
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums of floats may depend on the number of threads, and other tests set it."""
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Text and what the verb prepare made of it."""
+    folder = tmp_path_factory.mktemp("tiny") / "prepared"
+    folder.mkdir()
+    write_toy_text(folder, pairs=240)
+    for name in ("train", "validation", "test"):
+        for side in ("src", "tgt"):
+            path = folder / f"{name}.{side}"
+            lines = path.read_text().translate(LETTERS).splitlines(keepends=True)
+            path.write_text("".join(lines if name == "train" else lines[:12]))
+    tiny = Tiny(folder / "tiny.yaml", Run(folder / "run")).of_kind("attention")
+    prepare(load(tiny.file), tiny.run.root)
+    return tiny
+
+
+@pytest.fixture
+def tiny(prepared: Tiny, tmp_path: Path) -> Tiny:
+    return prepared.copy(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def straight(prepared: Tiny, tmp_path_factory: pytest.TempPathFactory) -> StraightRuns:
+    return StraightRuns(prepared, tmp_path_factory.mktemp("straight"))
 
 
 # The server

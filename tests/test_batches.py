@@ -1,32 +1,20 @@
 """Batches: every pair once an epoch, limits kept, a pure function of seed and epoch."""
 
-from pathlib import Path
+import hashlib
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import SpecialTokens
-from training.batches import BatchSampler, TokenPairs, collate
-from training.corpus import CorpusError
+from training.batches import BatchSampler, collate
+from training.tokens import TokenPairs
 
 SPECIAL = SpecialTokens()
 THREE = [([5, 6], [7]), ([8], [9, 10, 11]), ([], [])]
 
 ids = st.lists(st.integers(4, 99), max_size=12)
 pair_lists = st.lists(st.tuples(ids, ids), max_size=60)
-
-
-def test_sources_end_with_eos_and_targets_are_bare() -> None:
-    pairs = TokenPairs.of(THREE, SPECIAL)
-    assert pairs.source_tokens.tolist() == [5, 6, 3, 8, 3, 3]
-    assert pairs.source_offsets.tolist() == [0, 3, 5, 6]
-    assert pairs.target_tokens.tolist() == [7, 9, 10, 11]
-    assert pairs.target_offsets.tolist() == [0, 1, 4, 4]
-    assert len(pairs) == 3
-    assert pairs.source_lengths().tolist() == [3, 2, 1]
-    assert pairs.target_lengths().tolist() == [2, 4, 1]
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
@@ -42,43 +30,6 @@ def test_a_batch_is_padded_on_the_right() -> None:
 def test_pairs_without_a_token_can_be_collated() -> None:
     batch = collate(TokenPairs.of([([], [])], SPECIAL), torch.tensor([0]), SPECIAL)
     assert [t.tolist() for t in batch] == [[[3]], [1], [[2]], [[3]], [1]]
-
-
-@pytest.mark.parametrize("content", [[], THREE, [([], [])] * 2])
-def test_what_is_saved_is_loaded(
-    tmp_path: Path, content: list[tuple[list[int], list[int]]]
-) -> None:
-    pairs = TokenPairs.of(content, SPECIAL)
-    pairs.save(tmp_path / "train.pt")
-    again = TokenPairs.load(tmp_path / "train.pt")
-    assert len(again) == len(content)
-    for name, tensor in vars(pairs).items():
-        assert torch.equal(getattr(again, name), tensor), name
-        assert getattr(again, name).dtype == tensor.dtype
-    first = (tmp_path / "train.pt").read_bytes()
-    pairs.save(tmp_path / "train.pt")
-    assert (tmp_path / "train.pt").read_bytes() == first
-    assert [p.name for p in tmp_path.iterdir()] == ["train.pt"]
-
-
-def test_files_that_hold_no_pairs_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.pt"
-    with pytest.raises(CorpusError, match=r"train\.pt: no such token file; run prepare first"):
-        TokenPairs.load(path)
-    good = vars(TokenPairs.of(THREE, SPECIAL))
-    for content in (
-        {},
-        [],
-        {**good, "source_offsets": torch.tensor([0, 9])},
-        {**good, "target_tokens": torch.zeros(4)},
-    ):
-        torch.save(content, path)
-        with pytest.raises(CorpusError, match="not a token file"):
-            TokenPairs.load(path)
-    for raw in (b"", b"text", b"PK\x03\x04"):
-        path.write_bytes(raw)
-        with pytest.raises(CorpusError, match="not a token file"):
-            TokenPairs.load(path)
 
 
 @settings(deadline=None)
@@ -128,6 +79,12 @@ def test_batches_are_a_function_of_seed_and_epoch() -> None:
     assert planned(2, 1) != first
     mates = {frozenset(batch) for batch in first} & {frozenset(b) for b in planned(1, 3)}
     assert len(mates) < len(first) / 20
+
+
+def test_the_batches_of_a_seed_are_these() -> None:
+    batches = BatchSampler(many(), 512, 64, 1).batches(2)
+    content = repr([batch.tolist() for batch in batches]).encode()
+    assert hashlib.sha256(content).hexdigest()[:16] == "95b1274314c24b5a"
 
 
 def test_batches_waste_little_and_come_in_no_order() -> None:

@@ -1,67 +1,163 @@
 """Checkpoints: whole or not at all, and never for another recipe or other data."""
 
 import dataclasses
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from tiny_run import assert_equal, files_of_at_most
 
-from model import ModelOptions
+from model import ModelOptions, Network
 from training import checkpoint
 from training.checkpoint import Progress
-from training.recipe import DataOptions, FilesOptions, Recipe
-from training.run import RunError, write_atomically, write_text
+from training.learner import Learner
+from training.recipe import DataOptions, FilesOptions, Recipe, TrainingOptions
+from training.run import Run, RunError, write_atomically, write_text
 
 FILES = FilesOptions(source="a", target="b")
-RECIPE = Recipe(
-    name="x", data=DataOptions(folder="here", train=FILES), model=ModelOptions(dropout=0.1)
+MODEL = ModelOptions(
+    embedding_size=16, encoder_hidden_size=16, decoder_hidden_size=16, attention_size=16
 )
+RECIPE = Recipe(
+    name="x", data=DataOptions(folder="here", train=FILES), model=MODEL,
+    training=TrainingOptions(average=0.9),
+)  # fmt: skip
 DIGESTS = {"text": {"train": {"a": "1", "b": "2"}}, "tokenizer": {"source.model": "3"}}
 
 
-def made(seed: int, width: int = 300) -> tuple[nn.Module, torch.optim.Optimizer]:
+def made(seed: int, recipe: Recipe = RECIPE) -> Learner:
     """A network and its optimiser after one update."""
     torch.manual_seed(seed)
-    network = nn.Linear(width, width)
-    optimizer = torch.optim.Adam(network.parameters())
-    network(torch.randn(2, width)).sum().backward()
-    optimizer.step()
-    return network, optimizer
+    learner = Learner(Network(recipe.model, 99, 99), recipe.training)
+    for parameter in learner.parameters:
+        parameter.grad = torch.randn_like(parameter)
+    learner.optimizer.step()
+    return learner
+
+
+def content(seed: int, recipe: Recipe = RECIPE, **progress: Any) -> dict[str, Any]:
+    return checkpoint.content(recipe, DIGESTS, Progress(**progress), made(seed))
 
 
 def save(path: Path, seed: int = 1, **progress: Any) -> None:
-    checkpoint.save(path, RECIPE, DIGESTS, Progress(**progress), *made(seed))
+    checkpoint.write(path, content(seed, **progress))
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """What a full disk does to a file that is being written."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+def state(learner: Learner) -> list[Any]:
+    return [
+        dict(learner.network.state_dict()), learner.average, learner.optimizer.state_dict()
+    ]  # fmt: skip
 
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "last.pt"
-    network, optimizer = made(1)
+    learner, other = made(1), made(2)
     progress = Progress(step=7, epoch=1, batch=3, best_score=-2.5, best_step=5, sums={"loss": 1.5})
-    torch.manual_seed(5)
-    checkpoint.save(path, RECIPE, DIGESTS, progress, network, optimizer)
-    drawn = torch.rand(3)
-    other, its = made(2)
-    assert checkpoint.restore(checkpoint.load(path), other, its) == progress
-    assert torch.equal(torch.rand(3), drawn)
-    for key, value in network.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value)
-    assert str(its.state_dict()) == str(optimizer.state_dict())
+    checkpoint.write(path, checkpoint.content(RECIPE, DIGESTS, progress, learner))
+    assert str(state(other)) != str(state(learner))
+    assert checkpoint.restore(checkpoint.load(path), other) == progress
+    assert_equal(state(other), state(learner))
+
+
+def test_the_last_two_are_kept(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for step in (1, 2, 3):
+        checkpoint.rotate(run, content(step, step=step))
+    assert [checkpoint.load(p)["progress"]["step"] for p in run.checkpoints] == [3, 2]
+    assert sorted(run.best.parent.iterdir()) == sorted(run.checkpoints)
+
+
+def test_a_full_disk_does_not_rotate(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for step in (1, 2):
+        checkpoint.rotate(run, content(step, step=step))
+    with (
+        files_of_at_most(9999),
+        pytest.raises((RunError, OSError), match=r"last\.pt: cannot be written: .*: make space"),
+    ):
+        checkpoint.rotate(run, content(3, step=3))
+    assert [checkpoint.load(p)["progress"]["step"] for p in run.checkpoints] == [2, 1]
+    assert sorted(run.best.parent.iterdir()) == sorted(run.checkpoints)
+
+
+def test_the_newest_is_the_first_that_is_whole(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    save(run.best, step=1)
+    for step in (2, 3):
+        checkpoint.rotate(run, content(step, step=step))
+    last, previous = run.checkpoints
+
+    def newest() -> tuple[int, list[str]]:
+        held, said = checkpoint.newest(RECIPE, run, DIGESTS, False)
+        return held["progress"]["step"], said
+
+    assert newest() == (3, [])
+    last.write_bytes(b"")
+    step, said = newest()
+    assert step == 2
+    assert said[0].startswith(f"{last}: not a whole checkpoint")
+    assert said[1:] == [f"going on from {previous}, step 2"]
+    last.unlink()
+    assert newest() == (2, [f"going on from {previous}, step 2"])
+    previous.write_bytes(b"")
+    step, said = newest()
+    assert (step, said[1:]) == (1, [f"going on from {run.best}, step 1"])
+    run.best.write_bytes(b"")
+    with pytest.raises(RunError) as caught:
+        newest()
+    assert all(f"{path}: not a whole" in str(caught.value) for path in (previous, run.best))
+
+
+def test_a_whole_one_of_another_recipe_is_not_passed_over(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    save(run.best)
+    checkpoint.rotate(run, content(1, changed("model", {"dropout": 0.5})))
+    with pytest.raises(RunError, match=r"last\.pt was trained otherwise: model\.dropout"):
+        checkpoint.newest(RECIPE, run, DIGESTS, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"device": "cpu"}, {"finished": "yes", "best_score": -2.0, "since_best": 1}),
+        ({"epochs": 99.0}, {"finished": "", "best_score": -2.0, "since_best": 1}),
+        ({"select_by": "bleu"}, {"finished": "", "best_score": None, "since_best": 0}),
+        ({"optimizer": "sgd"}, {"finished": "", "best_score": -2.0, "since_best": 1}),
+        ({"average": 0.0}, {"finished": "", "best_score": -2.0, "since_best": 1}),
+    ],
+)
+def test_what_other_options_leave_of_a_state(
+    change: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    held = content(1, step=4, best_score=-2.0, since_best=1, finished="yes")
+    other = made(2, changed("training", change))
+    progress = dataclasses.asdict(checkpoint.restore(held, other))
+    assert {name: progress[name] for name in kept} == kept
+    assert progress["step"] == 4
+    assert_equal(dict(other.network.state_dict()), held["network"])
+    same = "optimizer" not in change
+    assert (str(other.optimizer.state_dict()) == str(held["optimizer"])) == same
+    assert_equal(other.average, [] if "average" in change else held["average"])
+
+
+def test_an_average_begins_with_the_weights_where_there_was_none() -> None:
+    held = checkpoint.content(
+        none := changed("training", {"average": 0.0}), DIGESTS, Progress(), made(1, none)
+    )
+    other = made(2)
+    checkpoint.restore(held, other)
+    assert_equal(other.average, [p.detach() for p in other.parameters])
+    assert all(a.data_ptr() != p.data_ptr() for a, p in zip(other.average, other.parameters))
+
+
+def test_the_weights_of_a_checkpoint_are_their_average() -> None:
+    held = content(1)
+    network = made(2).network
+    checkpoint.weights(held, network)
+    assert_equal([p.detach() for p in network.parameters()], held["average"])
+    checkpoint.weights({**held, "average": []}, network)
+    assert_equal(dict(network.state_dict()), held["network"])
 
 
 def test_a_write_that_fails_leaves_the_former_file(tmp_path: Path) -> None:
@@ -82,7 +178,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     save(path, step=1)
     former = path.read_bytes()
-    with files_of_at_most(100_000), pytest.raises((RunError, OSError)) as caught:
+    with files_of_at_most(9999), pytest.raises((RunError, OSError)) as caught:
         save(path, 2, step=2)
     assert "last.pt" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -133,7 +229,7 @@ class Trap:
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("model", {"embedding_size": 8}, "model.embedding_size: 256 -> 8"),
+        ("model", {"embedding_size": 8}, "model.embedding_size: 16 -> 8"),
         ("training", {"seed": 2}, "training.seed: 1 -> 2"),
         ("cleaning", {"max_tokens": 7}, "cleaning.max_tokens: 100 -> 7"),
         ("tokenizer", {"algorithm": "bpe"}, "tokenizer.algorithm: 'unigram' -> 'bpe'"),

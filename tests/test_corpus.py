@@ -11,6 +11,7 @@ from training.corpus import (
     CorpusError,
     Pair,
     Report,
+    Seen,
     choose_held_out,
     clean,
     key,
@@ -144,6 +145,17 @@ def test_empty_sides_and_duplicates_are_dropped() -> None:
     assert len(kept) == 3
 
 
+def test_sources_translated_otherwise_are_kept_and_counted() -> None:
+    pairs = [("a", "x"), ("b", "x"), ("a", "y"), ("a", "x"), ("a", "z"), ("c", "y"), ("a", "y")]
+    # Those that give y and z for a.
+    told = "data.train: 2 pairs translate a source that came before otherwise; they are kept"
+    for drop_duplicates, count in ((True, 5), (False, 7)):
+        kept, report = cleaned(pairs, drop_duplicates=drop_duplicates)
+        assert len(kept) == count
+        assert report.warnings == [told]
+    assert cleaned([("a", "x"), ("a", "x"), ("b", "x")])[1].warnings == []
+
+
 def test_a_held_out_sentence_comes_once_and_never_in_training() -> None:
     pairs = [("a", "1"), ("b", "1"), ("a ", "2"), ("ａ", "3"), ("c", "1")]
     kept, report = cleaned(pairs, {key("a"): "test", key("c"): "validation"})
@@ -180,6 +192,26 @@ def test_held_out_sentences_are_disjoint(
     assert sum(len(set(keys)) for keys in sources.values()) == len(distinct)
     dropped = sum(report.dropped.values()) + sum(report.held_out.values())
     assert report.read == len(pairs) == dropped + len(sources["train"])
+
+
+@given(st.lists(st.integers(0, 2**128 - 1) | st.integers(0, 50)))
+def test_what_was_seen_is_a_set(digests: list[int]) -> None:
+    seen, expected = Seen(), set()
+    for digest in digests:
+        digest = digest & (2**64 - 1) or 1
+        assert seen.add(digest) == (digest not in expected)
+        expected.add(digest)
+    assert seen.count == len(expected)
+
+
+def test_what_was_seen_grows_in_few_bytes() -> None:
+    seen, step = Seen(), 0x9E37_79B9_7F4A_7C15  # odd: its multiples are distinct and well spread
+    assert all(seen.add(i * step) for i in range(1, 50_001))
+    assert not any(seen.add(i * step) for i in range(1, 50_001))
+    assert 12 <= seen.slots.itemsize * len(seen.slots) / seen.count <= 24
+    clustered = Seen()
+    assert all(clustered.add(i) for i in range(1, 2000))
+    assert not any(clustered.add(i) for i in range(1, 2000))
 
 
 def test_lengths_that_do_not_fit_have_a_reason() -> None:

@@ -1,6 +1,5 @@
 """Laws of the network: eager == scripted, step by step == teacher forced, batch independence."""
 
-import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,7 +35,20 @@ KINDS = {
         decoder_hidden_size=10, attention_size=7, dropout=0.3, layer_norm=True, residual=True,
         tie_embeddings="all", reverse_source=True,
     ),
+    "additive attention of 2 heads": ModelOptions(
+        embedding_size=6, encoder_hidden_size=5, decoder_layers=2, decoder_hidden_size=9,
+        attention="additive", attention_size=6, attention_heads=2, embedding_dropout=0.3,
+        output_dropout=0.3, word_dropout=0.3,
+    ),
+    "dot attention of 4 heads": ModelOptions(
+        embedding_size=8, encoder_hidden_size=4, encoder_layers=2, decoder_hidden_size=8,
+        decoder_layers=2, attention_size=8, attention_heads=4, dropout=0.3, residual=True,
+        recurrent_dropout=0.3, variational_dropout=True,
+    ),
 }
+RATES = (
+    "dropout", "embedding_dropout", "output_dropout", "recurrent_dropout", "word_dropout",
+)
 
 
 def serving(name: str, seed: int = 0, **changed: object) -> tuple[Network, ServingModel]:
@@ -227,22 +239,19 @@ def test_joint_embeddings_need_a_joint_vocabulary():
         Network(ModelOptions(tie_embeddings="all"), 10, 11)
 
 
-def test_dropout_and_options_change_training_only():
+@pytest.mark.parametrize("name", KINDS)
+def test_dropout_changes_training_only(name):
     """Every switch is felt: with dropout, training differs from evaluation; without, it does
     not."""
     source, lengths = sentences(2, 3, 6)
-    for name, dropped in itertools.product(KINDS, (False, True)):
-        network, _ = serving(name)
-        if not dropped:
-            for module in network.modules():
-                if isinstance(module, (torch.nn.Dropout, torch.nn.LSTM)):
-                    if isinstance(module, torch.nn.Dropout):
-                        module.p = 0.0
-                    else:
-                        module.dropout = 0.0
+    given = KINDS[name]
+    without = dict.fromkeys(RATES, 0.0)
+    for changed in ({}, without):
+        network, _ = serving(name, **changed)
         evaluated = network(source, lengths, source, lengths)
         trained = network.train()(source, lengths, source, lengths)
-        assert torch.allclose(evaluated, trained) == (not dropped or "every" not in name)
+        drops = not changed and any(getattr(given, rate) for rate in RATES)
+        assert torch.allclose(evaluated, trained) == (not drops)
 
 
 def test_attention_is_shared_out_among_the_tokens_of_the_source(both_forms):
@@ -258,38 +267,6 @@ def test_attention_is_shared_out_among_the_tokens_of_the_source(both_forms):
         padding = torch.arange(source.size(1)) >= lengths.unsqueeze(1)  # [N, S]
         assert (weights[:, padding.unsqueeze(1).expand(-1, 2, -1)] == 0).all()
         assert (weights[:, ~padding.unsqueeze(1).expand(-1, 2, -1)] > 0).all()
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("name", ["attention", "attention with every option"])
-def test_attention_points_at_the_token_whichever_way_the_source_is_read(name, reverse):
-    """Without memory in the encoder, each of its outputs knows one token only; so the one other
-    token among equal ones is the one whose weight differs."""
-    network, _ = serving(name, reverse_source=reverse)
-    for parameter_name, parameter in network.encoder.stack.named_parameters():
-        if "weight_hh" in parameter_name:
-            parameter.data.zero_()
-        elif "bias_ih" in parameter_name:
-            parameter.data.chunk(4)[1].fill_(-1e3)  # the gate that would remember
-    model = ServingModel(network, 50, 50)
-    source, lengths = torch.full((4, 7), 5), torch.tensor([7, 7, 4, 6])
-    other = [0, 5, 1, 3]
-    for row, place in enumerate(other):
-        source[row, place] = 9
-        source[row, lengths[row] :] = 0
-    weights = paid(model, source, lengths, torch.full((1, 4, 1), 2))[0, :, 0]
-    for row, place in enumerate(other):
-        rest = [i for i in range(int(lengths[row])) if i != place]
-        torch.testing.assert_close(weights[row, rest], weights[row, rest[:1]].expand(len(rest)))
-        assert not torch.isclose(weights[row, place], weights[row, rest[0]])
-
-
-def test_an_ensembles_attention_is_the_mean_of_those_that_have_it():
-    model = build("mixed ensemble")
-    source, lengths = sentences(4, 3, 6)
-    choices = torch.randint(4, VOCABULARY, (2, 3, 2))
-    first, second = (paid(model.members[i], source, lengths, choices) for i in (0, 2))
-    torch.testing.assert_close(paid(model, source, lengths, choices), (first + second) / 2)
 
 
 needs_onednn = pytest.mark.skipif(

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import training.prepare
+import training.tokens
 from handler.tokenizer import Tokenizer
 from model import ModelOptions
-from training.batches import TokenPairs
 from training.corpus import CorpusError, lines
 from training.prepare import prepare
 from training.recipe import (
@@ -24,10 +24,11 @@ from training.recipe import (
     Recipe,
     TokenizerOptions,
 )
+from training.tokens import TokenPairs
 
 LEFT = [
-    "report.json", "test.source", "test.target", "train.pt", "validation.pt",
-    "validation.source", "validation.target",
+    "report.json", "test.source", "test.target", "train.tokens", "validation.source",
+    "validation.target", "validation.tokens",
 ]  # fmt: skip
 TRAIN = FilesOptions(source="train.a", target="train.b")
 GIVEN = {
@@ -93,14 +94,14 @@ def test_given_sets_are_left_as_they_are(folder: Path, tmp_path: Path) -> None:
         given = (folder / f"validation.{side}").read_bytes()
         assert (run / "data" / f"validation.{name}").read_bytes() == given
     source, target = (Tokenizer(run / "tokenizer" / f"{s}.model") for s in ("source", "target"))
-    pairs = TokenPairs.load(run / "data" / "train.pt")
+    pairs = TokenPairs.load(run / "data" / "train.tokens")
     assert len(pairs) == 200
     first = pairs.source_tokens[: pairs.source_offsets[1]].tolist()
     text = next(lines(folder / "train.a"))
     assert first == [*source.encode(text), Tokenizer.EOS]
     last = pairs.target_tokens[pairs.target_offsets[-2] :].tolist()
     assert target.decode(last) == list(lines(folder / "train.b"))[-1]
-    assert len(TokenPairs.load(run / "data" / "validation.pt")) == 10
+    assert len(TokenPairs.load(run / "data" / "validation.tokens")) == 10
 
 
 def test_the_report_names_what_was_read_and_made(folder: Path, tmp_path: Path) -> None:
@@ -114,6 +115,16 @@ def test_the_report_names_what_was_read_and_made(folder: Path, tmp_path: Path) -
     assert summary["training_pairs"]["kept"] == 200
     assert summary["recipe"]["tokenizer"]["source_vocabulary"] == 288
     assert str(tmp_path) not in json.dumps(summary)
+
+
+def test_the_size_of_the_parts_that_are_held_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(recipe_for(folder), tmp_path / "a")
+    for module in (training.prepare, training.tokens):
+        monkeypatch.setattr(module, "CHUNK", 7)
+    prepare(recipe_for(folder), tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_preparing_twice_gives_the_same_bytes(
@@ -144,7 +155,7 @@ def test_missing_sets_are_held_out(folder: Path, tmp_path: Path) -> None:
     assert report.held_out == {"test": 20, "validation": 20}
     assert report.read == 206 == report.kept + 40 + sum(report.dropped.values())
     tokenizer = Tokenizer(run / "tokenizer" / "source.model")
-    pairs = TokenPairs.load(run / "data" / "train.pt")
+    pairs = TokenPairs.load(run / "data" / "train.tokens")
     offsets = pairs.source_offsets.tolist()
     train = {
         tokenizer.decode(pairs.source_tokens[a:b].tolist()) for a, b in itertools.pairwise(offsets)
@@ -166,6 +177,97 @@ def test_shared_sentences_are_counted(folder: Path, tmp_path: Path) -> None:
     assert summary_of(tmp_path / "run")["training_pairs"]["warnings"] == report.warnings
 
 
+def test_repeated_and_contradictory_lines_are_counted(folder: Path, tmp_path: Path) -> None:
+    first = next(lines(folder / "train.a"))
+    same = next(lines(folder / "train.b"))
+    append(folder, train_a=f"{first}\n" * 5, train_b=f"{same}\nan other\na new\n{same}\nan other\n")
+    report = prepare(recipe_for(folder), tmp_path / "run")
+    assert (report.read, report.kept, report.dropped["duplicate"]) == (205, 202, 3)
+    assert report.warnings == [
+        "data.train: 2 pairs translate a source that came before otherwise; they are kept"
+    ]
+    assert summary_of(tmp_path / "run")["training_pairs"]["warnings"] == report.warnings
+
+
+def test_noise_is_dropped_by_length_ratio_and_counted(folder: Path, tmp_path: Path) -> None:
+    noise = [(f"{i} sun", "nus " * 30 + str(i)) for i in range(43)]
+    noise += [("sea " * 30 + str(i), f"{i} aes") for i in range(43)]  # 86 of 286: 30 %
+    append(folder, **{
+        f"train_{side}": "".join(f"{pair[column]}\n" for pair in noise)
+        for side, column in (("a", 0), ("b", 1))
+    })  # fmt: skip
+    report = prepare(recipe_for(folder), tmp_path / "run")
+    assert (report.read, report.kept) == (286, 200)
+    assert {reason: n for reason, n in report.dropped.items() if n} == {"length ratio": 86}
+    assert len(TokenPairs.load(tmp_path / "run" / "data" / "train.tokens")) == 200
+    assert "dropped: length ratio" in report.table()
+
+
+SCRIPTS = {  # letters, and what is between words
+    "Hebrew": ("אבגדהוזחטיכלמנסעפצקרשת", " "),
+    "Arabic": ("ابتثجحخدذرزسشصضطظعغفقكلمنهوي", " "),
+    "Thai": ("กขคงจชซดตถทนบปผพฟมยรลวสหอ", ""),
+    "Japanese": ("日月火水木金土山川田人口車門雨東京大小中", ""),
+    "Korean": ("가나다라마바사아자차카타파하", " "),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_script_comes_back_from_its_tokens(tmp_path: Path, script: str) -> None:
+    letters, space = SCRIPTS[script]
+    rng = random.Random(1)
+    words = ["".join(rng.choices(letters, k=rng.randint(2, 4))) for _ in range(40)]
+    text = [space.join(rng.choices(words, k=rng.randint(3, 8))) for _ in range(400)]
+    # What right-to-left text has: a mark of direction, Latin and digits in between.
+    text[0] = f"{words[0]}\u200f (abc 12){space}{words[1]}"
+    rows = "".join(f"{i} {line}\tline {i}\n" for i, line in enumerate(text))
+    (tmp_path / "all.tsv").write_text(rows, encoding="utf-8")
+    recipe = recipe_for(tmp_path, given=False, train=FilesOptions(tsv="all.tsv"), held_out=20)
+    tokenizer = TokenizerOptions(source_vocabulary=320, target_vocabulary=275)
+    recipe = dataclasses.replace(
+        recipe, tokenizer=tokenizer, cleaning=CleaningOptions(max_length_ratio=100)
+    )
+    report = prepare(recipe, tmp_path / "run")
+    assert (report.read, report.kept) == (400, 360)
+    source = Tokenizer(tmp_path / "run" / "tokenizer" / "source.model")
+    pairs = TokenPairs.load(tmp_path / "run" / "data" / "train.tokens")
+    again = [
+        source.decode(pairs.source_tokens[a:b].tolist())
+        for a, b in itertools.pairwise(pairs.source_offsets.tolist())
+    ]
+    held = [
+        line
+        for name in ("validation", "test")
+        for line in lines(tmp_path / "run" / "data" / f"{name}.source")
+    ]
+    whole = [f"{i} {line}".replace("\u200f", "") for i, line in enumerate(text)]
+    assert sorted(again + [line.replace("\u200f", "") for line in held]) == sorted(whole)
+    assert len(pairs.source_tokens) < sum(map(len, again))  # pieces, not characters or bytes
+
+
+def test_a_vocabulary_too_large_is_told_with_the_largest(folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(folder)
+    for joint, key, sizes in (
+        (False, "source_vocabulary", (5000, 288)),
+        (False, "target_vocabulary", (288, 5000)),
+        (True, "source_vocabulary", (5000, 5000)),
+    ):
+        options = TokenizerOptions(
+            joint=joint, source_vocabulary=sizes[0], target_vocabulary=sizes[1]
+        )
+        told = rf"^tokenizer\.{key}: got 5000; the training text has no more pieces; allowed: at"
+        with pytest.raises(CorpusError, match=rf"{told} most \d+$") as error:
+            prepare(dataclasses.replace(recipe, tokenizer=options), tmp_path / "run")
+        largest = int(str(error.value).split()[-1])
+        allowed = {**dataclasses.asdict(options), key: largest}
+        if joint:
+            allowed["target_vocabulary"] = largest
+        fitting = dataclasses.replace(recipe, tokenizer=TokenizerOptions(**allowed))
+        prepare(fitting, tmp_path / "run")
+        side = key.split("_")[0]
+        assert Tokenizer(tmp_path / "run" / "tokenizer" / f"{side}.model").size == largest
+
+
 def test_only_training_text_is_cleaned(folder: Path, tmp_path: Path) -> None:
     bad = {
         "a": "sun sun sun sun sun sun sun sun sun\nold\n\n",
@@ -179,7 +281,7 @@ def test_only_training_text_is_cleaned(folder: Path, tmp_path: Path) -> None:
     assert {k: n for k, n in report.dropped.items() if n} == {
         "empty": 1, "too long": 1, "length ratio": 1,
     }  # fmt: skip
-    assert len(TokenPairs.load(tmp_path / "run" / "data" / "validation.pt")) == 12
+    assert len(TokenPairs.load(tmp_path / "run" / "data" / "validation.tokens")) == 12
 
 
 @pytest.mark.parametrize(

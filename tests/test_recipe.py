@@ -1,10 +1,14 @@
 """Recipes: what is wrong is named by file, key and value, with what is allowed."""
 
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from training.recipe import Recipe, RecipeError, load
+from model import ModelOptions
+from training.recipe import DataOptions, FilesOptions, Recipe, RecipeError, changed, load
 
 ROOT = Path(__file__).resolve().parent.parent
 DATES = "name: x\ndata: {generator: dates}\nmodel: {}\n"
@@ -33,6 +37,27 @@ def test_every_recipe_of_the_repository_loads(path: Path) -> None:
     assert recipe.training.epochs > 0
 
 
+def test_the_recipe_for_own_text_explains_every_key_and_shows_its_default() -> None:
+    path = ROOT / "recipes" / "own.yaml"
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = load(path)
+    sections: dict[str, Any] = {"data": recipe.data, "data.train": recipe.data.train}
+    for name in given.keys() - {"name", "data"}:
+        sections[name] = getattr(recipe, name)
+    assert given.keys() == {f.name for f in fields(Recipe)}
+    for where, section in sections.items():
+        stated = given["data"]["train"] if where == "data.train" else given[where]
+        assert stated.keys() == {f.name for f in fields(section)}, where
+    shown = Recipe(name=recipe.name, data=recipe.data, model=ModelOptions())
+    assert recipe == shown
+    files = FilesOptions(source="train.source", target="train.target")
+    assert recipe.data == replace(DataOptions(train=files), folder=str(path.parent))
+    explained = path.read_text(encoding="utf-8").splitlines()
+    for key in ("label_smoothing", "r_drop", "attention", "attention_heads", "word_dropout"):
+        (line,) = (one for one in explained if one.startswith(f"  {key}:"))
+        assert "#" in line
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -51,6 +76,16 @@ def test_every_recipe_of_the_repository_loads(path: Path) -> None:
         ("training: {learning_rate: .nan}", "training.learning_rate: got nan"),
         ("training: {seed: -1}", "training.seed: got -1; allowed: an integer from 0 to"),
         ("training: {label_smoothing: 0.95}", "training.label_smoothing: got 0.95; allowed: a num"),
+        ("training: {r_drop: -1}", "training.r_drop: got -1; allowed: a number from 0.0 to 100"),
+        ("training: {subword_sampling: 1.1}", "training.subword_sampling: got 1.1; allowed: a n"),
+        ("training: {average: 1}", "training.average: got 1; allowed: a number from 0.0 to 0.9"),
+        ("training: {accumulate: 0}", "training.accumulate: got 0; allowed: an integer of at le"),
+        ("training: {schedule: cosine}", "training.schedule: got 'cosine'; allowed: 'constant'"),
+        ("training: {precision: fp16}", "training.precision: got 'fp16'; allowed: 'auto' or 'f"),
+        ("scoring: {beam_size: 65}", "scoring.beam_size: got 65; allowed: an integer from 1 to"),
+        ("scoring: {length_penalty: -1}", "scoring.length_penalty: got -1; allowed: a number fr"),
+        ("scoring: {tokenize: 14a}", "scoring.tokenize: got '14a'; allowed: '13a' or 'none'"),
+        ("scoring: {lowercase: 1}", "scoring.lowercase: got 1; allowed: true or false"),
         ("cleaning: {max_length_ratio: 1}", "cleaning.max_length_ratio: got 1"),
         ("export: {max_source_length: 1}", "export.max_source_length: got 1; allowed: an integer"),
         ("export: {version: '1/0'}", "export.version: got '1/0'; allowed: digits and dots"),
@@ -120,6 +155,129 @@ def test_a_recipe_that_cannot_be_is_refused(tmp_path: Path, text: str, message: 
     path = written(tmp_path, text)
     with pytest.raises(RecipeError) as caught:
         load(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("attention: mlp", "attention: got 'mlp'; allowed: 'dot' or 'additive'"),
+        ("attention_heads: 0", "attention_heads: got 0; allowed: an integer from 1 to 64"),
+        ("attention_heads: 3", "attention_heads: got 3; allowed: a divisor of attention_size, 256"),
+        (
+            "attention_size: 100, attention_heads: 8",
+            "attention_heads: got 8; allowed: a divisor of attention_size, 100",
+        ),
+        ("dropout: 0.91", "dropout: got 0.91; allowed: a number from 0.0 to 0.9"),
+        ("embedding_dropout: -0.1", "embedding_dropout: got -0.1; allowed: a number from 0.0"),
+        ("output_dropout: off", "output_dropout: got false; allowed: a number from 0.0 to 0.9 or"),
+        ("recurrent_dropout: null", "recurrent_dropout: got null; allowed: a number from 0.0 to"),
+        ("word_dropout: 1", "word_dropout: got 1; allowed: a number from 0.0 to 0.9"),
+        ("variational_dropout: 0.5", "variational_dropout: got 0.5; allowed: true or false"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(tmp_path: Path, more: str, message: str) -> None:
+    path = written(tmp_path, f"name: x\ndata: {{generator: dates}}\nmodel: {{{more}}}\n")
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: model.{message}")
+
+
+def test_every_head_has_its_share_of_attention() -> None:
+    for heads in (1, 2, 3, 4, 6, 12):
+        assert ModelOptions(attention_size=12, attention_heads=heads).attention_heads == heads
+
+
+# Changes of single keys
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("name=y", "y"),
+        ("training.seed=2", 2),
+        (" training.seed = 2 ", 2),
+        ("training.epochs=7.5", 7.5),
+        ("training.epochs=3", 3.0),
+        ("training.schedule=one_cycle", "one_cycle"),
+        ("training.learning_rate=2.0e-3", 0.002),
+        ("model.bidirectional=false", False),
+        ("model.embedding_dropout=0.1", 0.1),
+        ("model.embedding_dropout=null", None),
+        ("scoring.beam_size=12", 12),  # a section that the recipe has not
+        ("export.version='2.0'", "2.0"),
+        ('export.version="3.3"', "3.3"),
+        ("cleaning={max_tokens: 50}", None),
+        ("data.test={tsv: test.tsv}", None),
+        ("data.test.tsv=a=b.tsv", "a=b.tsv"),  # two sections, the inner one new; a second =
+    ],
+)
+def test_one_key_is_changed(tmp_path: Path, change: str, expected: object) -> None:
+    path = written(tmp_path, DATES.replace("model: {}", "model: {embedding_dropout: 0.2}"))
+    before, after = load(path).as_dict(), load(path, None, [change]).as_dict()
+    keys = change.partition("=")[0].strip().split(".")
+    inner_before, inner = before, after
+    for key in keys[:-1]:
+        assert inner[key] is not None
+        inner_before, inner = inner_before[key] or {}, inner[key]
+    if "{" not in change:
+        assert inner[keys[-1]] == expected
+        assert type(inner[keys[-1]]) is type(expected)
+    assert inner[keys[-1]] != inner_before.get(keys[-1])
+    after[keys[0]] = before[keys[0]]
+    assert after == before  # other sections are as they were
+
+
+def test_other_keys_of_a_section_stay_and_the_last_change_wins(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{DATES}training: {{seed: 5, epochs: 3}}\n")
+    recipe = load(path, None, ["training.seed=6", "training.patience=9", "training.seed=7"])
+    training = recipe.training
+    assert (training.seed, training.epochs, training.patience) == (7, 3.0, 9)
+    whole = load(path, None, ["training={seed: 8}"]).training
+    assert (whole.seed, whole.epochs) == (8, 20.0)
+
+
+def test_what_a_change_begins_with_is_left_as_it_is() -> None:
+    given = {"training": {"seed": 1}, "data": {"train": {"source": "a"}}}
+    after = changed(changed(given, "training.seed=2"), "data.train.source=b")
+    assert after == {"training": {"seed": 2}, "data": {"train": {"source": "b"}}}
+    assert given == {"training": {"seed": 1}, "data": {"train": {"source": "a"}}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["training.seed", "", "=2", ".seed=2", "training.=2", "training..seed=2", "training.seed=[2",
+     "training.seed=2: 3: 4", "training.seed=2001-13-45", "training.seed=\x07"],
+)  # fmt: skip
+def test_a_change_of_another_form_is_refused(tmp_path: Path, change: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(written(tmp_path, DATES), None, [change])
+    assert str(caught.value) == (
+        f"--set: got {change!r}; allowed: section.key=value, as training.seed=2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trianing.seed=2", "trianing: unknown option; did you mean 'training'?"),
+        ("training.sed=2", "training.sed: unknown option; did you mean 'seed'?"),
+        ("training.seed.more=2", "training.seed: got a mapping; allowed: an integer from 0 to"),
+        ("data.train.sauce=x", "data.train.sauce: unknown option; did you mean 'source'?"),
+        ("training.seed=two", "training.seed: got 'two'; allowed: an integer from 0 to"),
+        ("training.seed=2.0", "training.seed: got 2.0; allowed: an integer from 0 to"),
+        ("training.seed=", "training.seed: got null; allowed: an integer from 0 to"),
+        ("training.epochs=0", "training.epochs: got 0; allowed: a number above 0.0"),
+        ("export.version=2.0", "export.version: got 2.0; allowed: a string"),
+        ("model=attention", "model: got 'attention'; allowed: a mapping"),
+        ("model.attention_heads=3", "model.attention_heads: got 3; allowed: a divisor of"),
+    ],
+)
+def test_a_change_is_held_to_what_is_allowed(tmp_path: Path, change: str, message: str) -> None:
+    path = written(tmp_path, DATES)
+    with pytest.raises(RecipeError) as caught:
+        load(path, None, [change])
     assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
 

@@ -30,12 +30,11 @@ from conftest import (
 from handler.decoding.model import load
 from handler.request import RequestOptions
 from handler.schema import schema
-from model import ServingModel
 from server.__main__ import main
 from server.options import CONFIG
 from server.torchserve import TorchServe
 from training.archive import archive
-from training.evaluate import best_network
+from training.evaluate import best_model
 from training.export import export
 from training.lines import translations
 from training.run import Run
@@ -48,8 +47,7 @@ def offline(toy, lines, length=None, eager=False) -> list[str]:
     """What the offline engine says, of model.pt or of the network itself."""
     model = load(str(toy.run.model), CPU)
     if eager:
-        network, _ = best_network(toy.recipe, toy.run)
-        model = ServingModel(network, model.max_source_length, model.max_target_length)
+        model, _ = best_model(toy.recipe, toy.run)
     source, target = tokenizers(toy.run)
     asked = RequestOptions(max_length=length)
     return [

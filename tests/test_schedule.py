@@ -1,6 +1,10 @@
 """Learning rates against figures worked out by hand."""
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from training.recipe import TrainingOptions
 from training.schedule import learning_rate
@@ -56,7 +60,69 @@ def test_inverse_square_root(step: int, rate: float) -> None:
     assert learning_rate(options("inverse_sqrt", 100), step, 1.0) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "inverse_sqrt", "halving"])
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [
+        (0.0, 0.1 / 25),
+        (1.0, 0.1 / 25 + 0.1 * 24 / 25 / 4),  # a third of the way up: (1 - cos 60 deg) / 2 = 1/4
+        (1.5, 0.1 * (1 + 1 / 25) / 2),  # half the way up
+        (3.0, 0.1),
+        (6.5, 0.05),  # half the way down
+        (3 + 7 * 2 / 3, 0.025),
+        (10.0, 0.0),
+        (11.0, 0.0),  # and stays there
+    ],
+)
+def test_one_cycle(epoch: float, rate: float) -> None:
+    assert learning_rate(options("one_cycle", 1000), 7, epoch) == pytest.approx(rate, abs=1e-15)
+
+
+@given(epochs=st.floats(0.01, 1e4), one=st.floats(0, 1), other=st.floats(0, 1),
+       step=st.integers(0, 10**6))  # fmt: skip
+def test_one_cycle_rises_to_its_peak_and_falls_to_zero(
+    epochs: float, one: float, other: float, step: int
+) -> None:
+    """Whatever the number of epochs, of which `one` and `other` are fractions; its climb is its
+    own, so the number of steps plays no part."""
+    cycle = options("one_cycle", 1000, epochs)
+    first, second = sorted((one, other))
+    early, late = (learning_rate(cycle, step, epochs * part) for part in (first, second))
+    assert 0 <= early <= 0.1
+    assert 0 <= late <= 0.1
+    near = 1e-12
+    if second <= 0.3:
+        assert 0.1 / 25 - near <= early <= late + near
+    if first >= 0.3:
+        assert late <= early + near
+    peak = learning_rate(cycle, step, 0.3 * epochs)
+    assert peak == pytest.approx(0.1)
+    for beside in (0.2999, 0.3001):  # without a jump
+        assert learning_rate(cycle, step, beside * epochs) == pytest.approx(peak, rel=1e-5)
+
+
+@given(step=st.integers(0, 10**6), epoch=st.floats(0, 20), disappointments=st.integers(0, 50))
+def test_plateau_halves_at_every_disappointment(
+    step: int, epoch: float, disappointments: int
+) -> None:
+    rate = learning_rate(options("plateau", 0), step, epoch, disappointments)
+    assert rate == 0.1 * 0.5**disappointments
+
+
+@given(
+    schedule=st.sampled_from(["constant", "linear", "inverse_sqrt", "one_cycle", "halving"]),
+    step=st.integers(0, 10**6), epoch=st.floats(0, 20), disappointments=st.integers(0, 50),
+)  # fmt: skip
+def test_only_plateau_is_disappointed(
+    schedule: str, step: int, epoch: float, disappointments: int
+) -> None:
+    one, other = (
+        learning_rate(options(schedule, 10), step, epoch, n) for n in (0, disappointments)
+    )
+    assert one == other
+    assert math.isfinite(one)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "inverse_sqrt", "plateau", "halving"])
 def test_warm_up_climbs_in_equal_steps(schedule: str) -> None:
     rates = [learning_rate(options(schedule, 4), step, 0.0) for step in range(5)]
     assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])

@@ -1,20 +1,22 @@
 """Tokenizers: any text survives, nothing hostile hurts, learning is deterministic and explains
 what it refuses."""
 
+import itertools
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import training.tokenizer
 from handler.tokenizer import Tokenizer
 from training.corpus import CorpusError, blank
 from training.recipe import TokenizerOptions
-from training.tokenizer import learn, sample, train_tokenizers
+from training.tokenizer import encoder, learn, spread, train_tokenizers
 
 TEXT = ["the cat sat on the mat", "the dog sat on the cat", "abc 123 가나다", "été, naïve"] * 3
 SIZE = 286
@@ -185,7 +187,8 @@ def test_learning_twice_gives_the_same_bytes_quietly(
         target_vocabulary=SIZE,  # type: ignore[arg-type]
     )
     for folder in ("a", "b"):
-        train_tokenizers(options, iter(TEXT), (line[::-1] for line in TEXT), tmp_path / folder)
+        reverse = (line[::-1] for line in TEXT)
+        train_tokenizers(options, iter(TEXT), reverse, len(TEXT), tmp_path / folder)
     a, b = (
         [(tmp_path / f / f"{s}.model").read_bytes() for s in ("source", "target")] for f in "ab"
     )
@@ -203,10 +206,46 @@ def test_digits_are_single_pieces_and_long_lines_are_read() -> None:
 
 @given(st.integers(0, 300), st.integers(1, 40))
 def test_too_much_text_is_sampled_evenly(count: int, most: int) -> None:
-    sampled = [int(line) for line in sample(map(str, range(count)), most)]
-    assert min(count, most / 2) <= len(sampled) <= most
-    step = sampled[1] - sampled[0] if len(sampled) > 1 else max(count, 1)
-    assert sampled == list(range(0, count, step))
+    sampled = [int(line) for line in spread(map(str, range(count)), count, most)]
+    assert len(sampled) == min(count, most)
+    assert sampled == sorted(set(sampled))
+    steps = {b - a for a, b in itertools.pairwise(sampled)}
+    assert steps <= {max(count // most, 1), -(-count // most)}
+
+
+@pytest.mark.parametrize(
+    ("joint", "most", "learnt"),
+    [
+        (False, 8, ["abcd", "wxyz"]),
+        (False, 2, ["ac", "wy"]),
+        (False, 1, ["a", "w"]),
+        (True, 8, ["abcdwxyz"]),
+        (True, 4, ["acwy"]),
+    ],
+)
+def test_each_vocabulary_is_learnt_from_so_many_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joint: bool, most: int, learnt: list[str]
+) -> None:
+    given: list[str] = []
+
+    def recorded(options: TokenizerOptions, size: int, lines: Iterable[str], option: str) -> bytes:
+        given.append("".join(lines))
+        return b"a model"
+
+    monkeypatch.setattr(training.tokenizer, "learn", recorded)
+    options = TokenizerOptions(joint=joint, training_sentences=most)
+    train_tokenizers(options, "abcd", "wxyz", 4, tmp_path)
+    assert given == learnt
+    assert (tmp_path / "target.model").read_bytes() == b"a model"
+
+
+def test_many_lines_are_encoded_as_each_is(tmp_path: Path) -> None:
+    texts = [*TEXT, "", " ", "😀 a\0b", "\u2028", "x" * 5000, "שלום עולם", "\U0010ffff"]
+    for name, model in MODELS.items():
+        (tmp_path / name).write_bytes(model)
+        encode = encoder(tmp_path / name)
+        assert encode(texts) == [TOKENIZERS[name].encode(text) for text in texts]
+        assert encode([]) == []
 
 
 @pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
@@ -228,6 +267,17 @@ def test_the_sizes_named_as_allowed_are(
     assert smallest <= largest
     for size in {smallest, largest}:
         assert Tokenizer(learn(options, size, text, "source_vocabulary")).size == size
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), CorpusError("a: line 7: is bad")])
+def test_what_stops_the_reading_of_lines_is_told_as_it_is(error: BaseException) -> None:
+    def stopping() -> Iterator[str]:
+        yield from TEXT
+        raise error
+
+    with pytest.raises(type(error)) as told:
+        learn(TokenizerOptions(), SIZE, stopping(), "source_vocabulary")
+    assert told.value is error
 
 
 @pytest.mark.parametrize("text", [[], [""], [" ", "\u2028"]])

@@ -7,16 +7,20 @@ import os
 import sys
 from pathlib import Path
 
+from handler.fields import read
 from training.recipe import Recipe, load
 from training.run import Run
 
 VERBS = {
     "prepare": "clean the text, train the tokenizers, write token files",
     "train": "learn the weights; goes on where a former run stopped",
+    "ensemble": "make a run of several trained ones that translate together",
     "evaluate": "score the best weights on validation and test text",
     "export": "write the best weights as model.pt (TorchScript)",
     "archive": "build the .mar archive for TorchServe",
+    "report": "write report/index.html: curves, scores, attention, translations",
     "translate": "translate standard input to standard output, line by line",
+    "distill": "write the training text with a run's translations as its targets, for a student",
 }
 
 
@@ -28,13 +32,29 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("recipe", type=Path, help="YAML file, such as recipes/dates.yaml")
         verb.add_argument("--data", help="folder of the text; instead of the recipe's data.folder")
         verb.add_argument("--run", type=Path, help="folder of the run (default: runs/NAME)")
+        verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
+                          help="change one key of the recipe, such as training.seed=2")
         if name == "train":
             verb.add_argument("--fresh", action="store_true", help="begin anew")
+            verb.add_argument("--accept-changes", action="store_true",
+                              help="go on though the recipe's section training has changed")
+            verb.add_argument("--dry-run", action="store_true",
+                              help="only tell parameters, memory and time; needs no data")
+            verb.add_argument("--wandb", action="store_true",
+                              help="show figures in Weights & Biases too")
         if name == "translate":
             verb.add_argument("--options", default="{}", metavar="JSON",
                               help="options of the REST API, such as '{\"beam_size\": 5}'")
             verb.add_argument("--json", action="store_true",
                               help="write all that the server would tell of each line")
+        if name == "ensemble":
+            verb.add_argument("--members", type=Path, nargs="+", required=True, metavar="RUN",
+                              help="folders of trained runs, such as runs/a runs/b")
+        if name == "distill":
+            verb.add_argument("--out", type=Path, required=True, help="folder for the text")
+            verb.add_argument("--beam-size", type=int, default=5, help="default: 5")
+            verb.add_argument("--interpolate", action="store_true",
+                              help="of each beam take what is most like the reference")
         if name == "archive":
             verb.add_argument("--store", type=Path, default=Path("model-store"),
                               help="folder of the archive (default: model-store)")
@@ -45,7 +65,7 @@ def main() -> int:
     arguments = parser().parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
-        recipe = load(arguments.recipe, arguments.data)
+        recipe = load(arguments.recipe, arguments.data, arguments.changes)
         return carry_out(arguments, recipe, Run(arguments.run or Path("runs") / recipe.name))
     except BrokenPipeError:
         # Whoever read the output has left. Python would fail again when it flushes at its end.
@@ -67,15 +87,33 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
 
         print(prepare(recipe, run.root).table())
     elif arguments.verb == "train":
+        if arguments.dry_run:
+            from training.dry_run import dry_run
+
+            print(dry_run(recipe, run))
+            return 0
         from training.train import Interrupted, train
 
         try:
-            progress = train(recipe, run, arguments.fresh)
+            progress = train(
+                recipe, run, arguments.fresh, arguments.accept_changes, arguments.wandb
+            )
         except Interrupted as stop:
             print(f"train: {stop}", file=sys.stderr)
             return 130
         print(f"finished at step {progress.step}: {progress.finished}; best at step "
               f"{progress.best_step}")
+    elif arguments.verb == "ensemble":
+        from training.ensemble import ensemble
+
+        members = ensemble(recipe, run, [Run(path) for path in arguments.members])
+        print(f"{run.root}: an ensemble of {members}")
+    elif arguments.verb == "distill":
+        from training.distill import DistillOptions, distill
+
+        given = {"beam_size": arguments.beam_size, "interpolate": arguments.interpolate}
+        asked = read(DistillOptions, given)
+        print(distill(recipe, run, arguments.out, asked))
     elif arguments.verb == "evaluate":
         from training.evaluate import evaluate
 
@@ -91,6 +129,10 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
 
         path = archive(recipe, run, arguments.store)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    elif arguments.verb == "report":
+        from training.report import report
+
+        print(report(recipe, run))
     else:
         from training.translate import options_of, translate
 

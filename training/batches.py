@@ -1,105 +1,15 @@
-"""Token pairs on disk, and the batches that training sees them in."""
+"""The batches that training sees token pairs in."""
 
 import hashlib
-import pickle
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model import SpecialTokens
-from training.corpus import CorpusError
-from training.run import write_atomically
+from training.tokens import TokenPairs
 
 JITTER = 1.0  # tokens; enough to mix the batches of one epoch with the next
-
-
-@dataclass(frozen=True, eq=False)
-class TokenPairs:
-    """N sentence pairs as token ids, back to back. Pair i is tokens[offsets[i] : offsets[i+1]].
-
-    Every source ends with EOS, as the encoder reads it. Targets have neither BOS nor EOS:
-    `collate` gives each the one that its use needs.
-    """
-
-    source_tokens: Tensor  # int32 [all source tokens]
-    source_offsets: Tensor  # int64 [N + 1]
-    target_tokens: Tensor  # int32 [all target tokens]
-    target_offsets: Tensor  # int64 [N + 1]
-
-    @classmethod
-    def of(
-        cls, pairs: Iterable[tuple[Sequence[int], Sequence[int]]], special: SpecialTokens
-    ) -> "TokenPairs":
-        """From ids as a tokenizer gives them, without BOS and EOS."""
-        source, target = array("i"), array("i")
-        source_offsets, target_offsets = array("q", [0]), array("q", [0])
-        for source_ids, target_ids in pairs:
-            source.extend(source_ids)
-            source.append(special.eos)
-            target.extend(target_ids)
-            source_offsets.append(len(source))
-            target_offsets.append(len(target))
-        return cls(*map(tensor_of, (source, source_offsets, target, target_offsets)))
-
-    @classmethod
-    def load(cls, path: Path) -> "TokenPairs":
-        """From a file that `save` wrote; read from disk as it is needed.
-
-        Raises:
-            CorpusError: no such file, or not one that `save` wrote.
-        """
-        try:
-            content = torch.load(path, weights_only=True, mmap=True)
-            pairs = cls(**content)
-            pairs.check()
-        except FileNotFoundError:
-            raise CorpusError(f"{path}: no such token file; run prepare first") from None
-        except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, ValueError):
-            raise CorpusError(f"{path}: not a token file; run prepare again") from None
-        return pairs
-
-    def save(self, path: Path) -> None:
-        """Writes one file, whole or not at all."""
-        content = {f.name: getattr(self, f.name) for f in fields(self)}
-        write_atomically(path, lambda temporary: torch.save(content, temporary))
-
-    def check(self) -> None:
-        """Raises ValueError where tokens and offsets do not belong together."""
-        for tokens, offsets in (
-            (self.source_tokens, self.source_offsets),
-            (self.target_tokens, self.target_offsets),
-        ):
-            if not (
-                (tokens.dtype, offsets.dtype) == (torch.int32, torch.int64)
-                and tokens.dim() == offsets.dim() == 1
-                and len(offsets) == len(self.source_offsets) > 0
-                and offsets[0] == 0
-                and offsets[-1] == len(tokens)
-                and bool((offsets.diff() >= 0).all())
-            ):
-                raise ValueError("tokens and offsets do not belong together")
-
-    def __len__(self) -> int:
-        return len(self.source_offsets) - 1
-
-    def source_lengths(self) -> Tensor:
-        """int64 [N], EOS included."""
-        return self.source_offsets.diff()
-
-    def target_lengths(self) -> Tensor:
-        """int64 [N], counting EOS (or BOS), as the decoder is run for it."""
-        return self.target_offsets.diff() + 1
-
-
-def tensor_of(values: "array[int]") -> Tensor:
-    """The same numbers in the same memory."""
-    dtype = torch.int32 if values.typecode == "i" else torch.int64
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 class BatchSampler:

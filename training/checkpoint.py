@@ -1,11 +1,14 @@
 """Everything that a run needs to go on exactly where it stopped."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from handler.integrity import sha256
+from training.learner import Learner
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically
 
@@ -13,6 +16,10 @@ PREPARED = ("data", "cleaning", "tokenizer")  # sections that decide what `prepa
 DECISIVE = (*PREPARED, "model", "training")  # sections that decide the weights
 # Where a run is, and on what, may change: a run can be copied to another machine and go on.
 MOVABLE = (("data", "folder"), ("training", "device"))
+
+
+class ChangedError(RunError):
+    """Weights of another recipe, or of other data."""
 
 
 @dataclass
@@ -25,34 +32,46 @@ class Progress:
     best_score: float | None = None  # of `select_by`, higher is better
     best_step: int = 0
     since_best: int = 0  # validations without improvement
+    disappointments: int = 0  # all of them so far
     sums: dict[str, float] = field(default_factory=dict)  # of figures not yet logged
     seconds: float = 0.0  # of training, over all parts of an interrupted run
     finished: str = ""  # why training ended
 
 
-def save(
-    path: Path,
-    recipe: Recipe,
-    digests: dict[str, Any],
-    progress: Progress,
-    network: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Write a checkpoint atomically.
+def content(
+    recipe: Recipe, digests: dict[str, Any], progress: Progress, learner: Learner
+) -> dict[str, Any]:
+    """What a checkpoint holds.
 
     Args:
         digests: of the prepared data, so that weights never meet another corpus or tokenizer.
     """
-    content = {
+    return {
         "recipe": recipe.as_dict(),
         "digests": digests,
         "progress": asdict(progress),
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "cpu_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
+        "network": learner.network.state_dict(),
+        "average": learner.average,  # of the network's parameters, in their order; or empty
+        "optimizer": learner.optimizer.state_dict(),
     }
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def write(path: Path, held: dict[str, Any]) -> None:
+    """Writes a checkpoint, whole or not at all."""
+    write_atomically(path, lambda temporary: torch.save(held, temporary))
+
+
+def rotate(run: Run, held: dict[str, Any]) -> None:
+    """Writes the last checkpoint and keeps the one before it: a file may be spoilt after it was
+    written, too."""
+    last, previous = run.checkpoints
+
+    def write_beside(temporary: Path) -> None:
+        torch.save(held, temporary)
+        if last.exists():
+            os.replace(last, previous)
+
+    write_atomically(last, write_beside)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -63,7 +82,7 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if {"recipe", "digests", "progress", "network", "optimizer"} <= set(content):
+        if {"recipe", "digests", "progress", "network", "average", "optimizer"} <= set(content):
             return content
         problem = "it lacks parts"
     except FileNotFoundError:
@@ -76,10 +95,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def prepared(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """The digests of what `prepare` left.
+    """The digests of what `prepare` left, which is still what is there.
 
     Raises:
-        RunError: nothing there, or made by another recipe.
+        RunError: nothing there, made by another recipe, or changed since.
     """
     report = run.read_json(run.report, "prepare")
     changed = differences(report["recipe"], recipe, PREPARED)
@@ -88,25 +107,68 @@ def prepared(recipe: Recipe, run: Run) -> dict[str, Any]:
             f"{run.data} was prepared otherwise: {'; '.join(changed)}. Change that back, or run "
             "'python -m training prepare' again"
         )
-    return dict(report["sha256"])
+    digests = dict(report["sha256"])
+    for part, folder in (("tokenizer", run.tokenizer), ("data", run.data)):
+        for name, digest in digests[part].items():
+            if not (folder / name).exists() or sha256(folder / name) != digest:
+                raise RunError(
+                    f"{folder / name}: not what 'prepare' wrote; run 'python -m training prepare' "
+                    "again"
+                )
+    return digests
 
 
-def load_own(path: Path, recipe: Recipe, digests: dict[str, Any]) -> dict[str, Any]:
+def load_own(
+    path: Path, recipe: Recipe, digests: dict[str, Any], sections: tuple[str, ...] = DECISIVE
+) -> dict[str, Any]:
     """See `load`.
+
+    Args:
+        sections: of the recipe, which must be those that the weights were trained by.
 
     Raises:
         RunError: also for weights of another recipe or of other data.
     """
     stored = load(path)
-    changed = differences(stored["recipe"], recipe, DECISIVE)
+    changed = differences(stored["recipe"], recipe, sections)
     if stored["digests"] != digests:
         changed.append("the prepared data (its digests differ)")
     if changed:
-        raise RunError(
+        raise ChangedError(
             f"{path} was trained otherwise: {'; '.join(changed)}. Change that back, choose another "
-            "folder with --run, or train anew with --fresh (make: FRESH=1)"
+            "folder with --run, or train anew with --fresh (make: FRESH=1); train "
+            "--accept-changes goes on where only the section training differs"
         )
     return stored
+
+
+def newest(
+    recipe: Recipe, run: Run, digests: dict[str, Any], accept_changes: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The newest checkpoint of `run` that is whole, and what to tell of the choice.
+
+    Raises:
+        RunError: none is whole, or it is of another recipe or of other data.
+    """
+    sections = (*PREPARED, "model") if accept_changes else DECISIVE
+    said: list[str] = []
+    # A run killed while it first saved has only the best, which is as good to go on from.
+    paths = [path for path in (*run.checkpoints, run.best) if path.exists()]
+    for path in paths:
+        try:
+            stored = load_own(path, recipe, digests, sections)
+        except ChangedError:
+            raise
+        except RunError as error:
+            said.append(str(error))
+            continue
+        if said or path != run.checkpoints[0]:
+            said.append(f"going on from {path}, step {stored['progress']['step']}")
+        if accept_changes:
+            changed = differences(stored["recipe"], recipe, ("training",))
+            said += [f"changed: {change}" for change in changed]
+        return stored, said
+    raise RunError("; ".join(said))
 
 
 def differences(then: dict[str, Any], recipe: Recipe, sections: tuple[str, ...]) -> list[str]:
@@ -120,13 +182,45 @@ def differences(then: dict[str, Any], recipe: Recipe, sections: tuple[str, ...])
     ]
 
 
-def restore(
-    content: dict[str, Any], network: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Put a checkpoint's state into `network`, `optimizer` and the random generators."""
-    network.load_state_dict(content["network"])
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["cpu_rng"])
-    if content["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(content["cuda_rng"])
-    return Progress(**content["progress"])
+def restore(held: dict[str, Any], learner: Learner) -> Progress:
+    """Put a checkpoint's state into `learner`, as far as it means the same under its options."""
+    then, now = held["recipe"]["training"], asdict(learner.options)
+    changed = {
+        key for key in now
+        if ("training", key) not in MOVABLE and then.get(key) != now[key]
+    }  # fmt: skip
+    learner.network.load_state_dict(held["network"])
+    if "optimizer" not in changed:
+        learner.optimizer.load_state_dict(held["optimizer"])
+    if learner.average and held["average"]:
+        torch._foreach_copy_(learner.average, held["average"])
+    elif learner.average:
+        learner.average = [p.detach().clone() for p in learner.parameters]
+    progress = Progress(**held["progress"])
+    if changed:
+        progress.finished = ""  # under other options there may be more to do
+    if "select_by" in changed:
+        progress.best_score, progress.since_best = None, 0
+    return progress
+
+
+def adopt(recipe: Recipe, run: Run) -> None:
+    """Let the best weights so far be those of `recipe`, whose training section was changed since:
+    they may stay the best, and what was made of them is out of date."""
+    for stale in (run.summary, run.scores, run.model):
+        stale.unlink(missing_ok=True)
+    try:
+        best = load(run.best)
+    except RunError:
+        return  # none yet; or spoilt, which whoever needs it will say
+    if best["recipe"] != recipe.as_dict():
+        write(run.best, {**best, "recipe": recipe.as_dict()})
+
+
+def weights(held: dict[str, Any], network: torch.nn.Module) -> None:
+    """Put the weights that a checkpoint was judged by into `network`: their average, where the
+    recipe wants one."""
+    network.load_state_dict(held["network"])
+    with torch.no_grad():
+        for parameter, average in zip(network.parameters(), held["average"]):
+            parameter.copy_(average)

@@ -1,38 +1,90 @@
 """Verb `evaluate`: the best weights of a run against its validation and test text."""
 
-from dataclasses import asdict
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from model import Network, ServingModel, SpecialTokens
+import torch
+
+from handler.decoding import SequenceModel
+from handler.fields import read
+from handler.integrity import sha256
+from model import Ensemble, ModelOptions, Network, ServingModel, SpecialTokens
 from training import checkpoint
-from training.batches import Batch, BatchSampler, TokenPairs, collate
+from training.batches import Batch, BatchSampler, collate
 from training.corpus import lines
 from training.recipe import Recipe
 from training.run import Run, RunError, write_json, write_text
-from training.scoring import Scores, perplexity, score_text
+from training.scoring import Scores, score_text
+from training.tokens import TokenPairs
 from training.train import choose_device, tokenizers
 
 
-def best_network(recipe: Recipe, run: Run) -> tuple[Network, dict[str, object]]:
-    """The network with the best weights of a run, on the CPU, and where they come from.
+@dataclass(frozen=True)
+class Member:
+    """One checkpoint that a model is made of.
+
+    step: of its best weights; sha256: of its file; recipe: that it was trained by.
+    """
+
+    step: int
+    sha256: str
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights come from.
+
+    digests: of the prepared data.
+    members: those of an ensemble; else one.
+    """
+
+    digests: dict[str, Any]
+    members: list[Member]
+
+    @property
+    def step(self) -> int:
+        """Updates that made the weights, of all members together."""
+        return sum(one.step for one in self.members)
+
+
+def best_model(
+    recipe: Recipe, run: Run, device: torch.device = torch.device("cpu")
+) -> tuple[ServingModel | Ensemble, Origin]:
+    """The best weights of a run in their serving form, and where they come from: an ensemble
+    where the run has members.
 
     Raises:
-        RunError: no whole checkpoint, or one of another recipe or of other data.
+        RunError: no whole checkpoint, or one of another recipe or of other data. Members of an
+            ensemble may differ in the sections model and training.
     """
-    stored = checkpoint.load_own(run.best, recipe, checkpoint.prepared(recipe, run))
+    digests = checkpoint.prepared(recipe, run)
+    sections = checkpoint.PREPARED if run.members else checkpoint.DECISIVE
     source, target = tokenizers(run)
-    network = Network(recipe.model, source.size, target.size)
-    network.load_state_dict(stored["network"])
-    return network.eval(), {"step": stored["progress"]["step"], "digests": stored["digests"]}
+    limits = recipe.export
+    models, members = [], []
+    for path in run.members or [run.best]:
+        stored = checkpoint.load_own(path, recipe, digests, sections)
+        options = read(ModelOptions, stored["recipe"]["model"], f"{path}: model")
+        network = Network(options, source.size, target.size)
+        checkpoint.weights(stored, network)
+        models.append(
+            ServingModel(
+                network.to(device), limits.max_source_length, limits.max_target_length
+            )
+        )
+        members.append(Member(stored["progress"]["step"], sha256(path), stored["recipe"]))
+    model = Ensemble(models) if run.members else models[0]
+    return model, Origin(digests, members)
 
 
 def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
     """Score validation and test text; writes scores.json and what was decoded beside it."""
     run.demand(run.summary, "train")
-    network, origin = best_network(recipe, run)
     device = choose_device(recipe.training)
-    limits = recipe.export
-    network = network.to(device)
-    model = ServingModel(network, limits.max_source_length, limits.max_target_length)
+    model, origin = best_model(recipe, run, device)
     source, target = tokenizers(run)
     scores = {}
     for name in ("validation", "test"):
@@ -41,21 +93,38 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
         )
         try:
             scores[name], decoded = score_text(
-                model, source, target, text, references, device, show=True
+                model, source, target, text, references, device, recipe.scoring,
+                recipe.scoring.beam_size, show=True,
             )
         except ValueError as error:
             raise RunError(f"{run.data / name}.source: {error}") from None
         write_text(run.root / f"{name}.decoded", "".join(line + "\n" for line in decoded))
-    pairs = TokenPairs.load(run.data / "validation.pt")
+    pairs = TokenPairs.load(run.data / "validation.tokens")
     sampler = BatchSampler(pairs, recipe.training.batch_tokens, 1024, seed=0)
     batches = (collate(pairs, index, SpecialTokens()) for index in sampler.batches(0))
     held_out = (Batch(*(t.to(device) for t in batch)) for batch in batches)
     write_json(
         run.scores,
         {
-            "step": origin["step"],
-            "validation_perplexity": perplexity(network, held_out),
+            "step": origin.step,
+            "validation_perplexity": perplexity(model, held_out),
             **{name: asdict(one) for name, one in scores.items()},
         },
     )
     return scores
+
+
+@torch.inference_mode()
+def perplexity(model: SequenceModel, batches: Iterable[Batch]) -> float:
+    """exp of the mean of -log P(y_j | x, y_<j) over the target tokens, EOS counted, as the steps
+    of decoding give it: of an ensemble, P is the mean of its members' probabilities."""
+    loss, tokens = 0.0, 0
+    for batch in batches:
+        memory = model.encode(batch.source, batch.source_lengths)
+        state = model.start(memory)
+        for previous, wanted in zip(batch.target_in.unbind(1), batch.target_out.unbind(1)):
+            logits, state, _ = model.step(previous.unsqueeze(1), state, memory)  # [N, 1, V]
+            logs = torch.log_softmax(logits[:, 0], 1).gather(1, wanted.unsqueeze(1))  # [N, 1]
+            loss -= float(logs[wanted != model.pad_id].sum())
+        tokens += int(batch.target_lengths.sum())
+    return math.exp(min(loss / max(tokens, 1), 700.0))

@@ -11,9 +11,9 @@ import torch
 from handler.decoding import DecodingOptions, Engine, decode_in_order
 from handler.decoding.model import load
 from handler.integrity import sha256
-from model import FORMAT_VERSION, ServingModel
+from model import FORMAT_VERSION, Ensemble, ServingModel
 from model.serving import scripted
-from training.evaluate import best_network
+from training.evaluate import Origin, best_model
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically
 
@@ -25,10 +25,8 @@ def export(recipe: Recipe, run: Run) -> Path:
         RunError: nothing trained yet, or a file that decodes otherwise.
     """
     run.demand(run.summary, "train")
-    network, origin = best_network(recipe, run)
-    limits = recipe.export
-    text = json.dumps(card(recipe, run, origin), indent=1, ensure_ascii=False)
-    model = ServingModel(network, limits.max_source_length, limits.max_target_length, text)
+    model, origin = best_model(recipe, run)
+    model.card = json.dumps(card(recipe, run, origin), indent=1, ensure_ascii=False)
     write_atomically(run.model, lambda temporary: scripted(model).save(str(temporary)))
     check(model, run.model)
     return run.model
@@ -58,17 +56,30 @@ def exported(run: Run, device: torch.device) -> Any:
     return model
 
 
-def card(recipe: Recipe, run: Run, origin: dict[str, Any]) -> dict[str, Any]:
-    """Where a model comes from and how good it is."""
+def card(recipe: Recipe, run: Run, origin: Origin) -> dict[str, Any]:
+    """Where a model comes from and how good it is. What members of an ensemble may differ in is
+    told of each of them."""
     described = recipe.as_dict()
     del described["data"]["folder"]  # a path of the machine that trained, nobody else's business
+    ensemble = {}
+    if run.members:
+        del described["model"], described["training"]
+        ensemble["members"] = [
+            {
+                "step": one.step,
+                "sha256": one.sha256,
+                "recipe": {name: one.recipe[name] for name in ("model", "training")},
+            }
+            for one in origin.members
+        ]
     return {
         "format_version": FORMAT_VERSION,
         "name": recipe.name,
         "version": recipe.export.version,
         "recipe": described,
-        "step": origin["step"],
-        "data_digests": origin["digests"],
+        "step": origin.step,
+        **ensemble,
+        "data_digests": origin.digests,
         "scores": run.read_json(run.scores, "evaluate"),
         "versions": {
             "python": platform.python_version(),
@@ -78,7 +89,7 @@ def card(recipe: Recipe, run: Run, origin: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(model: ServingModel, path: Path) -> None:
+def check(model: ServingModel | Ensemble, path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     longest = min(20, model.max_source_length)
     sources = [

@@ -4,11 +4,12 @@ Leaves in the run folder:
 
     tokenizer/source.model, target.model
     data/{validation,test}.{source,target}   text, one sentence a line: what evaluation reads
-    data/{train,validation}.pt               tokens: what training reads (`TokenPairs`)
+    data/{train,validation}.tokens           what training reads (`TokenPairs`)
     data/report.json                         written last: without it the step is not complete
 """
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,9 +20,7 @@ from typing import IO, Any, TypeVar
 from tqdm import tqdm
 
 from handler.integrity import sha256
-from handler.tokenizer import Tokenizer
 from model import SpecialTokens
-from training.batches import TokenPairs
 from training.corpus import (
     CorpusError,
     Pair,
@@ -38,10 +37,12 @@ from training.corpus import (
 from training.dates import DatesOptions, write_corpus
 from training.recipe import CleaningOptions, DataOptions, FilesOptions, Recipe
 from training.run import write_json
-from training.tokenizer import train_tokenizers
+from training.tokenizer import encoder, train_tokenizers
+from training.tokens import CHUNK, IdPair, TokenPairs
 
 GIVEN = ("test", "validation")  # sets that are read as they are, or else held out
 MODELS = ("source.model", "target.model")
+TOKENS = ("train.tokens", "validation.tokens")
 
 Item = TypeVar("Item")
 
@@ -60,7 +61,8 @@ class Text:
 def prepare(recipe: Recipe, run: Path) -> Report:
     """Reads, cleans, learns the tokenizers, writes tokens; see the top of this file.
 
-    Equal text and recipe give equal bytes. Whatever an earlier call left is replaced.
+    Equal text and recipe give equal bytes. Whatever an earlier call left is replaced. Text and
+    tokens pass through; what is held of a pair in memory is some tens of bytes.
 
     Raises:
         CorpusError: text that cannot be used.
@@ -78,22 +80,20 @@ def prepare(recipe: Recipe, run: Path) -> Report:
             recipe.tokenizer,
             shown(lines(work / "train.source"), "learning from the source"),
             shown(lines(work / "train.target"), "learning from the target"),
+            report.read - sum(report.held_out.values()) - sum(report.dropped.values()),
             run / "tokenizer",
         )
-        source, target = (Tokenizer(run / "tokenizer" / name) for name in MODELS)
-        special = SpecialTokens()
-        fitting = fit(tokens(work, "train", source, target), recipe.cleaning, report)
-        train = TokenPairs.of(fitting, special)
-        if report.kept == 0:
+        models, special = run / "tokenizer", SpecialTokens()
+        fitting = fit(tokens(work, "train", models), recipe.cleaning, report)
+        if TokenPairs.write(work / "train.tokens", fitting, special) == 0:
             raise CorpusError(f"data.train: no pair is left to train on\n{report.table()}")
-        train.save(work / "train.pt")
-        held = TokenPairs.of(tokens(work, "validation", source, target), special)
-        held.save(work / "validation.pt")
+        held_out = tokens(work, "validation", models)
+        TokenPairs.write(work / "validation.tokens", held_out, special)
         report.warnings += leaks
-        summary = summarise(recipe, texts, run, report)
+        summary = summarise(recipe, texts, run, work, report)
         write_json(work / "report.json", summary)
         names = [f"{name}.{side}" for name in GIVEN for side in Pair._fields]
-        for name in [*names, "train.pt", "validation.pt", "report.json"]:
+        for name in [*names, *TOKENS, "report.json"]:
             os.replace(work / name, data / name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -182,18 +182,17 @@ def write(files: list[IO[str]], pair: Pair) -> None:
         file.write(f"{text}\n")
 
 
-def tokens(
-    folder: Path, name: str, source: Tokenizer, target: Tokenizer
-) -> Iterator[tuple[list[int], list[int]]]:
+def tokens(folder: Path, name: str, models: Path) -> Iterator[IdPair]:
     """The ids of both sides of each pair of a set that `split` wrote."""
-    pairs = read(FilesOptions(f"{name}.source", f"{name}.target"), folder)
-    for pair in shown(pairs, f"encoding {name}"):
-        yield source.encode(pair.source), target.encode(pair.target)
+    encode = [encoder(models / model) for model in MODELS]
+    files = FilesOptions(f"{name}.source", f"{name}.target")
+    pairs = shown(read(files, folder), f"encoding {name}")
+    while chunk := list(itertools.islice(pairs, CHUNK)):
+        source, target = (one(list(texts)) for one, texts in zip(encode, zip(*chunk)))
+        yield from zip(source, target)
 
 
-def fit(
-    pairs: Iterable[tuple[list[int], list[int]]], options: CleaningOptions, report: Report
-) -> Iterator[tuple[list[int], list[int]]]:
+def fit(pairs: Iterable[IdPair], options: CleaningOptions, report: Report) -> Iterator[IdPair]:
     """The pairs that are within the limits on length; counts both kinds in `report`."""
     for source, target in pairs:
         reason = misfit(len(source), len(target), options)
@@ -209,7 +208,9 @@ def shown(items: Iterable[Item], doing: str) -> Iterator[Item]:
     return iter(tqdm(items, desc=doing, unit=" lines", unit_scale=True, disable=None, leave=False))
 
 
-def summarise(recipe: Recipe, texts: dict[str, Text], run: Path, report: Report) -> dict[str, Any]:
+def summarise(
+    recipe: Recipe, texts: dict[str, Text], run: Path, work: Path, report: Report
+) -> dict[str, Any]:
     """What report.json holds. Nothing in it depends on where the folders are."""
     sections = {
         name: dataclasses.asdict(getattr(recipe, name))
@@ -225,5 +226,6 @@ def summarise(recipe: Recipe, texts: dict[str, Text], run: Path, report: Report)
                 for name, text in texts.items()
             },
             "tokenizer": {name: sha256(run / "tokenizer" / name) for name in MODELS},
+            "data": {name: sha256(work / name) for name in TOKENS},
         },
     }

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +87,7 @@ class TokenizerOptions:
     joint: bool = False
     source_vocabulary: int = field(default=8000, metadata={"minimum": 8, "maximum": 1_000_000})
     target_vocabulary: int = field(default=8000, metadata={"minimum": 8, "maximum": 1_000_000})
+    training_sentences: int = field(default=1_000_000, metadata=COUNT)
     byte_fallback: bool = True
     character_coverage: float = field(default=1.0, metadata={"above": 0.9, "maximum": 1.0})
     normalization: Literal["nmt_nfkc", "nfkc", "identity"] = "nmt_nfkc"
@@ -100,7 +102,16 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How the weights are learnt."""
+    """How the weights are learnt.
+
+    subword_sampling: source and target are cut into other pieces at every epoch; unigram: alpha of
+        Kudo 2018 (arXiv 1804.10959, equation 9), smaller being wilder; bpe: the probability that a
+        merge is left out (Provilkov et al. 2020, arXiv 1910.13267).
+    label_smoothing, r_drop: see `training.loss.GeneratorLoss`.
+    average: decay of the moving average of weights that is validated and exported (Polyak and
+        Juditsky 1992; as in Adam, arXiv 1412.6980, section 7.2).
+    accumulate: batches an update, on each process: a larger batch than memory holds.
+    """
 
     seed: int = field(default=1, metadata={"minimum": 0, "maximum": 2**31 - 1})
     epochs: float = field(default=20.0, metadata={"above": 0.0})
@@ -108,21 +119,38 @@ class TrainingOptions:
     batch_sentences: int = field(default=1024, metadata=COUNT)
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = field(default=0.001, metadata={"above": 0.0})
-    schedule: Literal["constant", "linear", "inverse_sqrt", "halving"] = "inverse_sqrt"
+    schedule: Literal[
+        "constant", "linear", "inverse_sqrt", "one_cycle", "plateau", "halving"
+    ] = "inverse_sqrt"
     warmup_steps: int = field(default=1000, metadata={"minimum": 0})
     halve_after_epoch: float = field(default=5.0, metadata={"minimum": 0.0})
     halve_every_epochs: float = field(default=0.5, metadata={"above": 0.0})
+    accumulate: int = field(default=1, metadata=COUNT)
     loss_per: Literal["token", "sentence"] = "token"
     clip_norm: float = field(default=1.0, metadata={"above": 0.0})
     label_smoothing: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.9})
+    r_drop: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 100.0})
+    subword_sampling: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 1.0})
+    average: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99999})
     validate_every: int = field(default=1000, metadata=COUNT)
     select_by: Literal["perplexity", "bleu"] = "perplexity"
     patience: int = field(default=5, metadata=COUNT)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
         if self.schedule == "inverse_sqrt" and self.warmup_steps == 0:
             raise ValueError("warmup_steps: got 0; schedule 'inverse_sqrt' allows only 1 or more")
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How `evaluate` decodes and scores; see sacreBLEU (arXiv 1804.08771) for tokenize."""
+
+    beam_size: int = field(default=5, metadata={"minimum": 1, "maximum": 64})
+    length_penalty: float = field(default=1.0, metadata={"minimum": 0.0, "maximum": 10.0})
+    tokenize: Literal["13a", "none", "intl", "char", "zh"] = "13a"
+    lowercase: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +176,7 @@ class Recipe:
     cleaning: CleaningOptions = CleaningOptions()
     tokenizer: TokenizerOptions = TokenizerOptions()
     training: TrainingOptions = TrainingOptions()
+    scoring: ScoringOptions = ScoringOptions()
     export: ExportOptions = ExportOptions()
 
     def __post_init__(self) -> None:
@@ -155,16 +184,23 @@ class Recipe:
             raise ValueError(
                 f"name: got {self.name!r}; allowed: letters, digits and '._-', not '.' or '-' first"
             )
+        if self.training.subword_sampling and not self.tokenizer.byte_fallback:
+            raise ValueError(
+                f"training.subword_sampling: got {self.training.subword_sampling:g} with "
+                "tokenizer.byte_fallback false; allowed: 0, as text with unknown characters cannot "
+                "be cut anew"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-def load(path: Path, folder: str | None = None) -> Recipe:
+def load(path: Path, folder: str | None = None, changes: Sequence[str] = ()) -> Recipe:
     """The recipe in the YAML file `path`.
 
     Args:
         folder: replaces `data.folder`; relative to the current directory.
+        changes: of single keys, each `section.key=value`, the value being YAML.
 
     Raises:
         RecipeError: unreadable, not YAML, or an option that is wrong; one message that names it.
@@ -178,9 +214,34 @@ def load(path: Path, folder: str | None = None) -> Recipe:
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2001-13-45, which is no date
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     try:
+        for change in changes:
+            given = changed(given, change)
         recipe = read(Recipe, given)
     except FieldError as error:
         raise RecipeError(f"{path}: {error}") from None
     base = Path(folder) if folder is not None else path.parent / (recipe.data.folder or ".")
     absolute = os.path.abspath(base)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, folder=absolute))
+
+
+def changed(given: Any, change: str) -> Any:
+    """The recipe `given` as a mapping, with one key set: `training.seed=2`.
+
+    Raises:
+        RecipeError: not of that form. Whether there is such a key is seen when it is read.
+    """
+    where, equals, text = change.partition("=")
+    *sections, key = where.strip().split(".")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: 2001-13-45, which is no date
+        equals = ""
+    if not equals or not all([*sections, key]):
+        raise RecipeError(f"--set: got {change!r}; allowed: section.key=value, as training.seed=2")
+    top = inner = dict(given) if isinstance(given, dict) else {}
+    for section in sections:
+        below = inner.get(section)
+        inner[section] = dict(below) if isinstance(below, dict) else {}
+        inner = inner[section]
+    inner[key] = value
+    return top

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,18 @@ class Run:
         return self.root / "tokenizer"
 
     @property
-    def last(self) -> Path:
-        return self.root / "checkpoints" / "last.pt"
+    def checkpoints(self) -> tuple[Path, Path]:
+        """The last, and the one before it."""
+        return self.root / "checkpoints" / "last.pt", self.root / "checkpoints" / "previous.pt"
 
     @property
     def best(self) -> Path:
         return self.root / "checkpoints" / "best.pt"
+
+    @property
+    def members(self) -> list[Path]:
+        """The checkpoints of an ensemble, in its order; none where one network was trained."""
+        return sorted((self.root / "members").glob("*.pt"), key=lambda path: int(path.stem))
 
     @property
     def metrics(self) -> Path:
@@ -47,8 +54,12 @@ class Run:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        return self.root / "wandb.id"  # by which Weights & Biases knows the run
+
+    @property
     def summary(self) -> Path:
-        return self.root / "training.json"  # written last by `train`
+        return self.root / "training.json"  # written last by `train` and by `ensemble`
 
     @property
     def scores(self) -> Path:
@@ -77,7 +88,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     crash or a full disk leaves the former file whole.
 
     Raises:
-        RunError, OSError: `write` failed.
+        RunError, OSError: it could not be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -86,9 +97,14 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except RuntimeError as error:  # what torch raises where Python would raise OSError
+    except (OSError, RuntimeError) as error:  # torch raises the latter for the former
         problem = str(error).splitlines()[0] if str(error) else "unknown"
-        raise RunError(f"{path}: cannot be written: {problem}") from None
+        kind = OSError if isinstance(error, OSError) else RunError
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise kind(
+            f"{path}: cannot be written: {problem}; {free:.1f} MB are free there: make space or "
+            "change what forbids it, then run the same again: what was there is whole"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

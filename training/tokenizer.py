@@ -3,10 +3,11 @@
 import io
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
+import torch
 
 from handler.tokenizer import Tokenizer
 from training.corpus import CorpusError
@@ -14,7 +15,6 @@ from training.recipe import TokenizerOptions
 from training.run import write_bytes
 
 ERRORS_ONLY = 2
-SAMPLED_LINES = 2_000_000  # memory and time grow with the text, the vocabulary hardly changes
 LONGEST_LINE = 1 << 30  # bytes; SentencePiece would silently skip lines above 4,192
 
 
@@ -22,6 +22,7 @@ def train_tokenizers(
     options: TokenizerOptions,
     source_lines: Iterable[str],
     target_lines: Iterable[str],
+    count: int,
     folder: Path,
 ) -> None:
     """Writes `source.model` and `target.model` into `folder`, made if missing.
@@ -30,16 +31,22 @@ def train_tokenizers(
     written twice, so that whoever reads the folder need not know. Each file appears whole or not
     at all.
 
+    Args:
+        count: of the lines of each side. Of more than `training_sentences`, for one vocabulary,
+            so many are learnt from.
+
     Raises:
         CorpusError: a vocabulary that is too large or too small for the text; the message names
             the option and what is allowed.
     """
+    most = options.training_sentences
     if options.joint:
-        both = itertools.chain(source_lines, target_lines)
+        both = spread(itertools.chain(source_lines, target_lines), 2 * count, most)
         source = target = learn(options, options.source_vocabulary, both, "source_vocabulary")
     else:
-        source = learn(options, options.source_vocabulary, source_lines, "source_vocabulary")
-        target = learn(options, options.target_vocabulary, target_lines, "target_vocabulary")
+        sides = [spread(lines, count, most) for lines in (source_lines, target_lines)]
+        source = learn(options, options.source_vocabulary, sides[0], "source_vocabulary")
+        target = learn(options, options.target_vocabulary, sides[1], "target_vocabulary")
     write_bytes(folder / "source.model", source)
     write_bytes(folder / "target.model", target)
 
@@ -47,9 +54,18 @@ def train_tokenizers(
 def learn(options: TokenizerOptions, size: int, lines: Iterable[str], option: str) -> bytes:
     """A SentencePiece model of exactly `size` pieces; `option` is what `size` is called."""
     model = io.BytesIO()
+    stopped: list[BaseException] = []
+
+    def watched() -> Iterator[str]:
+        try:
+            yield from lines
+        except BaseException as error:  # Ctrl-C too: SentencePiece would tell it as its own error
+            stopped.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample(lines, SAMPLED_LINES)),
+            sentence_iterator=watched(),
             model_writer=model,
             model_type=options.algorithm,
             vocab_size=size,
@@ -71,24 +87,32 @@ def learn(options: TokenizerOptions, size: int, lines: Iterable[str], option: st
             minloglevel=ERRORS_ONLY,
         )
     except RuntimeError as error:
+        if stopped:
+            raise stopped[0] from None
         raise CorpusError(f"tokenizer.{option}: got {size}; {limit(str(error))}") from None
     return model.getvalue()
 
 
-def sample(lines: Iterable[str], most: int) -> list[str]:
-    """All lines, or between half of `most` and `most` of them, evenly spaced.
+def spread(lines: Iterable[str], count: int, most: int) -> Iterator[str]:
+    """All of `count` lines, or `most` of them, evenly spaced.
 
     SentencePiece can sample too, but takes other lines in every process.
     """
-    sampled: list[str] = []
-    step = 1
     for number, line in enumerate(lines):
-        if number % step == 0:
-            sampled.append(line)
-        if len(sampled) > most:
-            sampled = sampled[::2]
-            step *= 2
-    return sampled
+        if count <= most or number * most % count < most:
+            yield line
+
+
+def encoder(model: Path) -> Callable[[list[str]], list[list[int]]]:
+    """What `handler.tokenizer.Tokenizer` encodes each of many lines to, on all of torch's
+    threads."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+    def encode(lines: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = processor.encode(lines, num_threads=torch.get_num_threads())
+        return ids
+
+    return encode
 
 
 def limit(message: str) -> str:

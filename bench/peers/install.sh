@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Environments of the toolkits that bench.decoding measures: bash bench/peers/install.sh DIR
+# Environments of the toolkits that bench.decoding and bench.training measure: bash bench/peers/install.sh DIR
 #
 # Makes DIR/joeynmt, DIR/opennmt and DIR/fairseq, about 1 GB each, with Python 3.11 (PYTHON names
 # another; not every pin has wheels for it), and tells which of them are usable; one that fails does
