@@ -31,10 +31,10 @@ HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint bench paper clean
+.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint k8s-tools bench paper clean
 
 help:  ## list the verbs
-	@sed -n 's/^\([a-z][a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## make .venv with everything pinned in pyproject.toml (TORCH=cuda for GPUs)
 
@@ -114,7 +114,13 @@ lint: | $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: | $(READY)  ## every test, end to end included (four minutes on 2 cores)
+k8s-tools: | $(READY)  ## kubectl and checkov, for the tests of the manifests
+	@$(BIN)/python tests/k8s_tools.py
+
+k8s/base/config.properties: config.properties  ## the copy that kustomize reads
+	cp $< $@
+
+test: k8s-tools | $(READY)  ## every test, end to end included (four minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 bench: mar  ## measure the served model: requests a second and latency

@@ -5,6 +5,7 @@ with every request that is live. A request that is left out of `ctx.request_ids`
 this call and comes again in the next; one that no longer comes was dropped by its client.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -15,15 +16,21 @@ from typing import Any
 
 import torch
 
+from handler.authorization import Tokens
 from handler.decoding import Engine
 from handler.decoding.model import load
 from handler.fields import read
 from handler.integrity import verify_digests
 from handler.reporting import Calls, report
+from handler.request import Refusal, door_of
 from handler.service import Incoming, Reply, Service, ServiceOptions
 from handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# "true" here refuses a CPU as `require_gpu` does: a cluster says so of nodes, an archive of models.
+REQUIRE_GPU = "SEQ2SERVE_REQUIRE_GPU"
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Seq2SeqHandler:
@@ -36,6 +43,8 @@ class Seq2SeqHandler:
             IntegrityError, ValueError, RuntimeError: the archive, its configuration or the device
                 is not as it should be; TorchServe then never reports the worker ready.
         """
+        self.tokens = Tokens.named()
+        show_devices()
         folder = Path(ctx.system_properties["model_dir"])
         verify_digests(folder)
         config = ctx.model_yaml_config or {}
@@ -44,10 +53,10 @@ class Seq2SeqHandler:
         device = torch.device("cpu")
         if torch.cuda.is_available() and gpu is not None and int(gpu) >= 0:
             device = torch.device("cuda", int(gpu))
-        elif options.require_gpu:
+        elif options.require_gpu or os.environ.get(REQUIRE_GPU) == "true":
             raise RuntimeError(
-                f"handler.require_gpu is true, but the worker was given gpu_id {gpu} and "
-                f"torch sees {torch.cuda.device_count()} GPUs"
+                f"handler.require_gpu or {REQUIRE_GPU} is true, but the worker was given gpu_id "
+                f"{gpu} and torch sees {torch.cuda.device_count()} GPUs"
             )
         torch.set_num_threads(options.threads or max(1, usable_cpus() - 1))
         described = ctx.manifest["model"]
@@ -93,6 +102,8 @@ class Seq2SeqHandler:
             else:
                 ctx.set_response_status(reply.status, HTTPStatus(reply.status).phrase, i)
                 ctx.set_response_content_type(i, reply.content_type)
+                if reply.status == HTTPStatus.UNAUTHORIZED:
+                    ctx.set_response_header(i, "WWW-Authenticate", "Bearer")
                 if reply.retry_after is not None:
                     ctx.set_response_header(i, "Retry-After", str(reply.retry_after))
         ctx.stopping_criteria = [criterion(reply) for reply in replies]
@@ -103,18 +114,41 @@ class Seq2SeqHandler:
         name = ctx.get_request_id(i)
         if name in self.service.pending:
             return Incoming(name)
+        body = one.get("body", one.get("data"))
+        if self.tokens is not None and not self.tokens.admit(headers(ctx, i, "authorization")):
+            return Incoming(name, refusal=unauthorized(body))
         return Incoming(
             name,
             header(ctx, i, "url_path"),
             header(ctx, i, "content-type"),
-            one.get("body", one.get("data")),
+            body,
             header(ctx, i, "explain").lower() == "true",
         )
 
 
+def unauthorized(body: object) -> Refusal:
+    """In the shape of errors that the body, where TorchServe has parsed it, shows at a glance."""
+    message = "Authorization: no valid token; allowed: one header 'Bearer TOKEN'"
+    return Refusal(HTTPStatus.UNAUTHORIZED, "Unauthorized", message).at(door_of(body)())
+
+
+def show_devices() -> None:
+    """Show CUDA the devices that server/devices.py hid from TorchServe's frontend."""
+    devices = os.environ.get("SEQ2SERVE_CUDA_VISIBLE_DEVICES")
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+
+
 def usable_cpus() -> int:
-    """CPUs that this process may run on; macOS does not tell, and has them all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPUs that this process may use: those it may run on (macOS does not tell, and has them all),
+    and no more than a container's limit, which would stop too many threads again and again."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # of control groups 2; no limit is "max"
+        quota, period = CPU_LIMIT.read_text().split()
+        count = min(count, max(1, -(-int(quota) // int(period))))
+    return count
 
 
 def criterion(reply: Reply | None) -> Callable[[object], bool | None]:
@@ -123,10 +157,16 @@ def criterion(reply: Reply | None) -> Callable[[object], bool | None]:
     return lambda _: ended
 
 
+def headers(ctx: Any, i: int, name: str) -> list[str]:
+    """The values of a header of request `i`; names keep the client's case, so all are compared in
+    lower case."""
+    given = ctx.request_processor[i].get_request_properties()
+    return [v for k, v in given.items() if k.lower() == name and isinstance(v, str)]
+
+
 def header(ctx: Any, i: int, name: str) -> str:
-    """A header of request `i`; names keep the client's case, so all are compared in lower case."""
-    headers = ctx.request_processor[i].get_request_properties()
-    return next((v for k, v in headers.items() if k.lower() == name and isinstance(v, str)), "")
+    """The first of them, empty where there is none."""
+    return next(iter(headers(ctx, i, name)), "")
 
 
 def quieten() -> None:

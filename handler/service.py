@@ -75,6 +75,7 @@ class Incoming:
     content_type: str | None = None
     body: object = None
     explain: bool = False
+    refusal: Refusal | None = None  # of a client that may not ask
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ class Service:
         """Admit a new request; a reply at once where it needs no decoding."""
         door = None
         try:
+            if one.refusal is not None:
+                raise one.refusal
             if one.path:
                 return self.describe(one.path)
             if one.explain:
@@ -213,8 +216,7 @@ class Service:
         if path == "schema":
             return Reply(200, JSON, json.dumps(schema(RequestOptions, self.options.max_texts)))
         raise Refusal(
-            404, "NotFound",
-            f"path: got {path!r}; allowed: 'card' or 'schema', or none to translate",
+            404, "NotFound", f"path: got {path!r}; allowed: 'card', 'schema', or none to translate"
         )
 
     def admitted(self, request: TranslationRequest, now: float) -> Pending:

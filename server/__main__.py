@@ -1,4 +1,4 @@
-"""python -m server: run the server in the foreground, or translate with one that runs."""
+"""python -m server: run the server, here or as a container's first process; or translate."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, MODEL, translate
 from server.errors import ServerError
+from server.supervisor import add_flags, options_of, supervise
 from server.torchserve import ServerOptions, TorchServe
 
+# Of `translate`: a variable, because every user of the machine sees the arguments of a command.
+TOKEN_VARIABLE = "SEQ2SERVE_TOKEN"
 # Enough to fill a server's batch, and little enough to answer long before the time-out.
 _LINES_PER_REQUEST = 64
 
@@ -38,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "serve":
             return _serve(options)
+        if options.command == "supervise":
+            return supervise(options_of(options))
         return _translate(options)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -69,7 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--verbose", action="store_true", help="show all that TorchServe logs")
 
-    client = commands.add_parser("translate", help="translate texts, or lines of standard input")
+    first = commands.add_parser(
+        "supervise", help="run the server as a container's first process, for Kubernetes"
+    )
+    add_flags(first, os.environ)
+
+    client = commands.add_parser("translate", help="translate texts, or lines of standard input",
+        description="A server that wants a bearer token gets that of SEQ2SERVE_TOKEN.")
     client.add_argument("text", nargs="*", metavar="TEXT")
     client.add_argument("--url", default=DEFAULT_URL, help="the server (%(default)s)")
     client.add_argument("--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS")
@@ -136,6 +147,7 @@ def _say(line: str) -> None:
 
 
 def _translate(arguments: argparse.Namespace) -> int:
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
     for stream in (sys.stdin, sys.stdout):
         # A text can have any characters, whatever the terminal's locale.
         if isinstance(stream, io.TextIOWrapper):
@@ -144,7 +156,9 @@ def _translate(arguments: argparse.Namespace) -> int:
         for texts in _batches(arguments.text or (line.rstrip("\n") for line in sys.stdin)):
             # The server refuses a blank text; here it keeps its line, so that lines stay in step.
             spoken = [text for text in texts if text.strip()]
-            answer = translate(arguments.url, spoken, timeout=arguments.timeout) if spoken else {}
+            answer: dict[str, Any] = {}
+            if spoken:
+                answer = translate(arguments.url, spoken, None, arguments.timeout, token)
             found = iter(answer.get("translations", []))
             for text in texts:
                 said: str = next(found)[0]["text"] if text.strip() else ""

@@ -13,10 +13,11 @@ _CHUNK = 1 << 20
 _MANIFEST = "MAR-INF/MANIFEST.json"
 
 
-def check_archive(archive: Path) -> bool:
-    """Refuse an archive that is missing or altered; return whether a digest was there to check.
+def check_archive(archive: Path, expected: str = "") -> str | None:
+    """Refuse an archive that is missing or altered; return its digest, None without one to check.
 
-    The digest stands beside the archive in `<archive>.sha256`, as sha256sum writes it.
+    The digest stands beside the archive in `<archive>.sha256`, as sha256sum writes it; where
+    `expected` is given, it must be that too.
     """
     if not archive.is_file():
         raise ServerError(
@@ -32,19 +33,28 @@ def check_archive(archive: Path) -> bool:
             f"archive {archive} is no complete model archive ({error}): copy or make it again"
         ) from error
     digest_file = archive.with_name(archive.name + ".sha256")
-    if not digest_file.exists():
-        return False
-    expected = _read_digest(digest_file, archive.name)
+    wanted = {"sha256": expected.lower()} if expected else {}
+    if digest_file.exists():
+        wanted[digest_file.name] = _read_digest(digest_file, archive.name)
+    if not wanted:
+        return None
     with archive.open("rb") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
-    if digest.hexdigest() != expected:
-        raise ServerError(
-            f"archive {archive} has SHA-256 {digest.hexdigest()}, {digest_file.name} says "
-            f"{expected}: copy or make the archive again"
-        )
-    return True
+    for source, value in wanted.items():
+        if digest.hexdigest() != value:
+            raise ServerError(
+                f"archive {archive} has SHA-256 {digest.hexdigest()}, {source} says {value}: "
+                "copy or make the archive again"
+            )
+    return digest.hexdigest()
+
+
+def unpacked_size(archive: Path) -> int:
+    """Return the bytes of an archive's files, of an archive that was checked."""
+    with zipfile.ZipFile(archive) as content:
+        return sum(each.file_size for each in content.infolist())
 
 
 def _read_digest(digest_file: Path, name: str) -> str:

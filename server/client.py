@@ -23,14 +23,16 @@ def translate(
     texts: Sequence[str],
     options: Mapping[str, Any] | None = None,
     timeout: float = DEFAULT_TIMEOUT,
+    token: str = "",
 ) -> dict[str, Any]:
     """Translate texts with the server at `url`; return its answer as it came.
 
     `answer["translations"]` has one list for each text, its best translation first. `options` are
-    those of the REST API, such as beam_size, but no stream; `timeout` is in seconds.
+    those of the REST API, such as beam_size, but no stream; `timeout` is in seconds; `token` is
+    the bearer token of a server that wants one.
     """
     body = json.dumps({**(options or {}), "text": list(texts)}).encode("utf-8")
-    answer = _post(f"{url.rstrip('/')}/predictions/{MODEL}", body, timeout)
+    answer = _post(f"{url.rstrip('/')}/predictions/{MODEL}", body, timeout, token)
     if not isinstance(answer, dict) or not isinstance(answer.get("translations"), list):
         raise ServerError(f"server {url} answered without translations: is it this project's?")
     if len(answer["translations"]) != len(texts):
@@ -41,10 +43,13 @@ def translate(
     return answer
 
 
-def _post(url: str, body: bytes, timeout: float) -> Any:
+def _post(url: str, body: bytes, timeout: float, token: str) -> Any:
     if urlsplit(url).scheme not in ("http", "https"):
         raise ServerError(f"url is {url}: allowed is http://HOST:PORT or https://HOST:PORT")
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    request = urllib.request.Request(url, body, headers)
     try:
         with _opener(url).open(request, timeout=timeout) as reply:
             return json.loads(reply.read())

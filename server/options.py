@@ -31,6 +31,10 @@ class ServerOptions:
     state_dir: Path | None = None
     # Seconds from start() to a loaded model.
     startup_timeout: float = 300.0
+    # SHA-256 that the archive must have, in hexadecimal; "": what its .sha256 file says alone.
+    sha256: str = ""
+    # Refuse an archive of which no digest is known.
+    require_digest: bool = False
 
     @classmethod
     def on_free_ports(cls, model_store: Path) -> ServerOptions:
@@ -60,6 +64,10 @@ class ServerOptions:
             raise ServerError(f"{', '.join(ports)} has one of {fixed} twice: choose distinct ports")
         if self.startup_timeout <= 0:
             raise ServerError(f"startup_timeout is {self.startup_timeout}: allowed is above 0")
+        if self.sha256 and re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256) is None:
+            raise ServerError(f"sha256 is {self.sha256!r}: allowed are 64 hexadecimal digits")
+        if self.sha256 and len(self.models) > 1:
+            raise ServerError(f"sha256 is of one archive: models has {len(self.models)}")
 
 
 def check_config(config: Path) -> None:

@@ -1,12 +1,16 @@
-"""Choose and check the ports of a server before Java is started."""
+"""The ports of a server: chosen and checked before Java starts, and who still reads from one."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 from server.errors import ServerError
+
+# Connections that are established, and those whose client has said all that it had to say.
+_SENDING = ("01", "08")
 
 
 def choose_ports(wanted: Mapping[str, tuple[str, int]]) -> dict[str, int]:
@@ -33,3 +37,21 @@ def choose_ports(wanted: Mapping[str, tuple[str, int]]) -> dict[str, int]:
                 ) from error
             chosen[name] = probe.getsockname()[1]
     return chosen
+
+
+def unsent(port: int, tables: Path = Path("/proc/net")) -> int:
+    """Return how many connections to a port of this machine have bytes that their client has not
+    taken yet; 0 where the system does not tell.
+
+    A server that ends while a slow client reads resets the connection, and what it had not handed
+    to the kernel is lost.
+    """
+    count = 0
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in (tables / name).read_text(encoding="ascii").splitlines()[1:]:
+                # Documentation/networking/proc_net_tcp.rst of Linux; numbers are hexadecimal.
+                _, local, _, state, queues, *_ = line.split()
+                ours = int(local.rpartition(":")[2], 16) == port and state in _SENDING
+                count += ours and int(queues.partition(":")[0], 16) > 0
+    return count

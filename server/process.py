@@ -15,7 +15,7 @@ from server.errors import ServerError
 # A killed process is gone within this; a zombie that nobody buries is not worth a longer wait.
 GONE_SECONDS = 5.0
 # TorchServe's own shutdown takes about 2.5 s; what has not gone by then is killed.
-_STOP_SECONDS = 15.0
+STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.01
 # sun_path holds 104 bytes on macOS (108 on Linux), its end mark included.
 _SOCKET_PATH_BYTES = 103
@@ -45,11 +45,15 @@ def private_directory(parent: Path | None, worker_port: int) -> Path:
     )
 
 
-def end_group(process: subprocess.Popen[str]) -> None:
-    """End a process and all others of its group, gently first, and wait until they are gone."""
+def end_group(process: subprocess.Popen[str], seconds: float = STOP_SECONDS) -> None:
+    """End a process and all others of its group, and wait until they are gone.
+
+    Args:
+        seconds: that the process has to end by itself; then it is killed.
+    """
     try:
         process.terminate()
-        process.wait(_STOP_SECONDS)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         pass
     finally:

@@ -5,6 +5,7 @@ Java is started directly, because the `torchserve` command passes no signal on t
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -18,24 +19,24 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from server.archive import check_archive
+from server.archive import check_archive, unpacked_size
+from server.devices import device_environment
 from server.errors import ServerError
 from server.java import find_java
 from server.log import ServerLog, exit_reason, load_failure
+from server.memory import heap_size, memory_limit
 from server.options import LOOPBACK, ServerOptions, check_config
 from server.ports import choose_ports
-from server.process import GONE_SECONDS, end_group, private_directory
+from server.process import GONE_SECONDS, STOP_SECONDS, end_group, private_directory
 
 __all__ = ["ServerOptions", "TorchServe"]
 
 LOGGING = Path(__file__).resolve().parent / "log4j2.xml"
-# For as many requests as may wait and run at once (jobQueueSize and batchSize of an archive's
-# model-config.yaml), each of max_request_size; Java takes it only when it is needed.
-HEAP = "512m"
-
 _POLL_SECONDS = 0.1
-_REQUEST_SECONDS = 10.0
+_EXPLANATION_SECONDS = 3.0
+REQUEST_SECONDS = 10.0
 # Java sets these itself from its arguments; a variable of the user's would silently win.
 _OWNED_VARIABLES = {
     "LOG_LOCATION",
@@ -57,6 +58,9 @@ class TorchServe:
         self._process: subprocess.Popen[str] | None = None
         self._log: ServerLog | None = None
         self._directory: Path | None = None
+        # SHA-256 of each model's archive, of those that have a digest to check.
+        self.digests: dict[str, str] = {}
+        self.heap = 0  # MiB that Java was given
 
     def __enter__(self) -> TorchServe:
         try:
@@ -81,6 +85,11 @@ class TorchServe:
         return f"http://{_reachable(self.options.host)}:{self._port('inference')}"
 
     @property
+    def port(self) -> int:
+        """Where requests go, on this machine."""
+        return self._port("inference")
+
+    @property
     def management_url(self) -> str:
         """TorchServe's management interface, on loopback always."""
         return f"http://{LOOPBACK}:{self._port('management')}"
@@ -101,8 +110,9 @@ class TorchServe:
         if self._process is not None:
             raise ServerError(f"server {self.url} is started already: stop it first")
         check_config(options.config)
-        for model in options.models:
-            check_archive(options.model_store / model.split("=")[1])
+        self.digests = self._checked_digests()
+        archives = (options.model_store / model.split("=")[1] for model in options.models)
+        self.heap = heap_size(memory_limit(), sum(map(unpacked_size, archives)))
         java = find_java()
         home = _torchserve_home()
         self._ports = choose_ports(
@@ -122,7 +132,7 @@ class TorchServe:
             f"-Djava.io.tmpdir={self._directory}",
             f"-Dlog4j.configurationFile={LOGGING.as_uri()}",
             f"-Dseq2serve.log={'info' if options.verbose else 'warn'}",
-            f"-Xmx{HEAP}",
+            f"-Xmx{self.heap}m",
             "-XX:+ExitOnOutOfMemoryError",
             *("-cp", f"{home}/ts/frontend/*"),
             "org.pytorch.serve.ModelServer",
@@ -153,12 +163,16 @@ class TorchServe:
     def wait_ready(self, timeout: float | None = None) -> None:
         """Return when every model has a worker that can answer; raise as soon as one cannot."""
         seconds = self.options.startup_timeout if timeout is None else timeout
-        deadline = time.monotonic() + seconds
+        looked = time.monotonic()
+        deadline = looked + seconds
         while not self.is_ready():
             self._raise_if_failed()
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise self._load_error(f"server {self.url} is not ready after {seconds:g} s")
-            time.sleep(_POLL_SECONDS)
+            # On a GPU, TorchServe runs nvidia-smi for every look, which can take a second.
+            time.sleep(max(_POLL_SECONDS, now - looked))
+            looked = time.monotonic()
         assert self._log is not None
         self._log.show(True)
 
@@ -167,6 +181,10 @@ class TorchServe:
         # TorchServe's own /ping and health paths are true while a model loads and after it failed.
         names = Counter(model.split("=")[0] for model in self.options.models)
         return all(self._has_workers(name, versions) for name, versions in names.items())
+
+    def poll(self) -> int | None:
+        """Return Java's exit status, None while it runs."""
+        return self._running().poll()
 
     def wait(self) -> int:
         """Wait for Java to end, which it does not do by itself, and return its exit status."""
@@ -181,15 +199,19 @@ class TorchServe:
             f"TorchServe stopped with exit status {status}: {exit_reason(lines)}", lines
         )
 
-    def stop(self) -> None:
-        """Stop Java and every worker and remove their files; without effect when not running."""
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Stop Java and every worker and remove their files; without effect when not running.
+
+        Args:
+            seconds: that Java has to end by itself.
+        """
         process, log, directory = self._process, self._log, self._directory
         self._process = self._log = self._directory = None
         try:
             if process is not None and log is not None:
                 # The end of a connection to a worker looks like an error, and is logged as one.
                 log.show(self.options.verbose)
-                end_group(process)
+                end_group(process, seconds)
                 log.close(GONE_SECONDS)
         finally:
             if directory is not None:
@@ -197,7 +219,11 @@ class TorchServe:
 
     def _environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """Return Java's environment: TS_<KEY> replaces <key> of config.properties."""
-        kept = {key: value for key, value in inherited.items() if key not in _OWNED_VARIABLES}
+        kept = {
+            key: value
+            for key, value in device_environment(inherited).items()
+            if key not in _OWNED_VARIABLES
+        }
         ports, options = self._ports, self.options
         return kept | {
             "TS_INFERENCE_ADDRESS": f"http://{options.host}:{ports['inference']}",
@@ -209,6 +235,34 @@ class TorchServe:
             "TS_GRPC_MANAGEMENT_PORT": str(ports["grpc management"]),
             "TS_INITIAL_WORKER_PORT": str(ports["worker"]),
         }
+
+    def described(self, name: str, timeout: float = REQUEST_SECONDS) -> list[dict[str, Any]]:
+        """Return what management tells of a model, one entry for each version.
+
+        Raises:
+            OSError, ValueError: it did not answer in `timeout` seconds, or not as it should.
+        """
+        request = f"{self.management_url}/models/{name}/all"
+        # A proxy of the environment has no business on loopback.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=timeout) as reply:
+            told: list[dict[str, Any]] = json.load(reply)
+        return told
+
+    def _checked_digests(self) -> dict[str, str]:
+        found = {}
+        for model in self.options.models:
+            name, file = model.split("=")
+            archive = self.options.model_store / file
+            digest = check_archive(archive, self.options.sha256)
+            if digest is not None:
+                found[name] = digest
+            elif self.options.require_digest:
+                raise ServerError(
+                    f"archive {archive} has no digest to check: put {file}.sha256 beside it, or "
+                    "give sha256"
+                )
+        return found
 
     def _port(self, name: str) -> int:
         if name not in self._ports:
@@ -223,18 +277,14 @@ class TorchServe:
     def _has_workers(self, name: str, versions: int) -> bool:
         if self._running().poll() is not None:
             return False
-        request = f"{self.management_url}/models/{name}/all"
-        # A proxy of the environment has no business on loopback.
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(request, timeout=_REQUEST_SECONDS) as reply:
-                loaded = json.load(reply)
+            loaded = self.described(name)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == 404:
                 raise self._load_error(f"TorchServe refused the archive of model {name}") from error
             return False
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return False
         ready = (
             any(worker["status"] == "READY" for worker in version["workers"]) for version in loaded
@@ -246,7 +296,13 @@ class TorchServe:
             raise self.failure()
         assert self._log is not None
         if self._log.worker_died:
-            # The exception's own lines come by another thread of Java, a little later.
+            # The exception's own lines come by another thread of Java, a little later; there are
+            # none of a worker that was killed.
+            deadline = time.monotonic() + _EXPLANATION_SECONDS
+            while time.monotonic() < deadline and load_failure(self._log.lines) == exit_reason(
+                self._log.lines
+            ):
+                time.sleep(_POLL_SECONDS)
             time.sleep(5 * _POLL_SECONDS)
             raise self._load_error("the worker died while it loaded the model")
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import warnings
 import zipfile
@@ -302,8 +303,13 @@ def test_a_tokenizer_that_the_model_was_not_trained_with_is_refused(copy, side):
 def test_a_gpu_that_is_required_and_missing_is_an_error(unpacked, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(RuntimeError, match=f"require_gpu is true, .* gpu_id {gpu} and .* 0 GPUs"):
+    expected = f"require_gpu or .* is true, .* gpu_id {gpu} and .* 0 GPUs"
+    with pytest.raises(RuntimeError, match=expected):
         initialized(unpacked, handler={"require_gpu": True}, gpu=gpu)
+    with monkeypatch.context() as cluster:
+        cluster.setenv("SEQ2SERVE_REQUIRE_GPU", "true")
+        with pytest.raises(RuntimeError, match="SEQ2SERVE_REQUIRE_GPU is true"):
+            initialized(unpacked, gpu=gpu)
     one = initialized(unpacked, gpu=gpu)
     assert one.service.engine.device == torch.device("cpu")
 
@@ -341,3 +347,16 @@ def test_no_client_can_fill_the_log(unpacked, caplog):
             logging.warning(f"Failed {what} decoding of input data. Forwarding encoded payload")
         logging.warning("something else")
     assert caplog.messages == ["Failed json decoding", "Failed utf-8 decoding", "something else"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "cpus"),
+    [("200000 100000", 2), ("50000 100000", 1), ("150000 100000", 2), ("max 100000", 9),
+     ("9900000 100000", 9), ("", 9), (None, 9)],
+)  # fmt: skip
+def test_cpus_are_no_more_than_a_container_has(tmp_path, monkeypatch, limit, cpus):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)), raising=False)
+    monkeypatch.setattr(seq2seq_handler, "CPU_LIMIT", tmp_path / "cpu.max")
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert seq2seq_handler.usable_cpus() == cpus

@@ -1,0 +1,125 @@
+"""Bearer tokens (RFC 6750), one in each file of a folder, such as a mounted Kubernetes Secret.
+
+Several files are several tokens that are valid at once. To replace one: add the new, let clients
+change, take the old one out. The folder is looked at again while the service runs.
+"""
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "SEQ2SERVE_TOKENS"  # names the folder; without it every request is served
+SHORTEST = 16  # characters: with 6 bits each 96 bits, more than can be tried out over a network
+INTERVAL = 1.0  # seconds between two looks at the folder, at least
+# What a header can carry as a token: token68 of RFC 9110, section 11.2.
+_TOKEN = r"[A-Za-z0-9._~+/-]+=*"
+_BEARER = re.compile(rf"bearer +({_TOKEN})", re.IGNORECASE)  # the scheme's case is the client's
+
+State = list[tuple[str, int, int, int, int]]
+
+
+class Tokens:
+    """The tokens that are valid now.
+
+    Args:
+        folder: of the files. Names that begin with a dot are none of them: Kubernetes keeps the
+            files of a Secret in `..data`, a link that it replaces at once for all, and links to
+            them from the folder.
+        clock: seconds.
+
+    Raises:
+        ValueError: there is no token, or a file is not one.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.folder = folder
+        self.clock = clock
+        self.looked = clock()
+        self.state = self.seen()
+        self.digests = list(self.read(self.state, strict=True))
+        if not self.digests:
+            raise ValueError(
+                f"{VARIABLE}: got {str(folder)!r}; allowed: a folder with a token in each file, "
+                "which this one does not have; unset it to serve everybody"
+            )
+
+    @classmethod
+    def named(cls, environment: Mapping[str, str] = os.environ) -> "Tokens | None":
+        """Those of the folder that `SEQ2SERVE_TOKENS` names, None where it is not set."""
+        name = environment.get(VARIABLE)
+        if name == "":
+            # A path of no characters would be the folder that the process happens to be in.
+            raise ValueError(f"{VARIABLE}: got ''; allowed: a folder of tokens, or not set at all")
+        return None if name is None else cls(Path(name))
+
+    def admit(self, headers: Sequence[str]) -> bool:
+        """Whether a request with these values of `Authorization` shows a valid token.
+
+        Two of them are a request that proxies may read differently, and none is admitted.
+        """
+        self.renew()
+        found = _BEARER.fullmatch(headers[0].strip()) if len(headers) == 1 else None
+        given = digest(found[1] if found else "")  # of no token: all have characters
+        # All are compared, whichever is equal: the time that takes tells nothing of them.
+        equal = [hmac.compare_digest(given, one) for one in self.digests]
+        return any(equal)
+
+    def renew(self) -> None:
+        """Read the tokens again where the folder has changed, with a look once in `INTERVAL`."""
+        now = self.clock()
+        if now - self.looked < INTERVAL:
+            return
+        self.looked = now
+        state = self.seen()
+        if state != self.state:
+            self.state = state
+            self.digests = list(self.read(state, strict=False))
+            logger.warning("%d tokens are valid now", len(self.digests))
+
+    def seen(self) -> State:
+        """What tells whether the files are those that were read; links are followed."""
+        found: State = []
+        try:
+            names = sorted(os.listdir(self.folder))
+        except OSError:
+            return found
+        for name in names:
+            if name.startswith("."):
+                continue
+            try:
+                at = os.stat(self.folder / name)
+            except OSError:
+                continue  # a link that Kubernetes is about to remove
+            found.append((name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns))
+        return found
+
+    def read(self, state: State, strict: bool) -> Iterator[bytes]:
+        """A digest of each token. What is no token is an error, or left out where not `strict`:
+        the others, and that one of them was taken out, hold nevertheless."""
+        for name, *_ in state:
+            path = self.folder / name
+            try:
+                token = path.read_bytes().decode("ascii", "replace").rstrip("\r\n")
+                if len(token) < SHORTEST or not re.fullmatch(_TOKEN, token):
+                    raise ValueError(
+                        f"{VARIABLE}: {name} has {len(token)} characters; allowed: at least "
+                        f"{SHORTEST}, of letters, digits and '._~+/-'"
+                    )
+            except (OSError, ValueError) as error:
+                if strict:
+                    raise ValueError(str(error)) from error
+                logger.error("a token is left out: %s", error)
+            else:
+                yield digest(token)
+
+
+def digest(token: str) -> bytes:
+    """Digests are of equal length, so that comparing them does not tell the length of a token."""
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
