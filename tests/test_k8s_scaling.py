@@ -151,7 +151,7 @@ BUSY = {
         # Pods that have counted nothing yet: no load.
         (series("ab", up="1x40"), 0, 0),
         # Pods that cannot be scraped, and no pods at all: no answer, which is an error.
-        (series("ab", up="0x40"), None, None),
+        (series("ab", up="0+0x40"), None, None),
         ([], None, None),
     ],
     ids=["busy", "canary", "new", "down", "nothing"],

@@ -169,8 +169,15 @@ def test_precision_is_what_pays_or_what_is_asked(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    options = TrainingOptions(precision=asked)
+    with torch.device("meta"):
+        large = Network(ModelOptions(embedding_size=256), 4000, 4000)
+        small = Network(ModelOptions(encoder_hidden_size=16, decoder_hidden_size=16), 300, 300)
     for device in ("cpu", "cuda"):
-        assert precision(TrainingOptions(precision=asked), torch.device(device)) == expected
+        assert precision(options, torch.device(device), large) == expected
+    assert precision(options, torch.device("cuda"), small) == expected
+    on_cpu = torch.float32 if asked == "auto" else expected
+    assert precision(options, torch.device("cpu"), small) == on_cpu
 
 
 @pytest.mark.parametrize(("asked", "expected"), [("bf16", torch.bfloat16), ("fp32", None)])

@@ -319,10 +319,10 @@ def dry_run(recipe: Recipe, run: Run | None = None) -> str:
             are.
     """
     device = choose_device(recipe.training)
-    meter = Meter(device, precision(recipe.training, device))
     sizes = recipe.tokenizer.source_vocabulary, recipe.tokenizer.target_vocabulary
     with torch.device("meta"):
         network = Network(recipe.model, *sizes)
+    meter = Meter(device, precision(recipe.training, device, network))
     load = Load.of(recipe, run)
     seconds = seconds_a_token(recipe, network, load, meter)
     held = memory(recipe, network, load, meter.precision == torch.bfloat16)
