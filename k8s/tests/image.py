@@ -165,7 +165,8 @@ class Builder:
     def check_context(self) -> None:
         """See what .dockerignore lets through."""
         listing = self.folder / "Listing"
-        listing.write_text(f"FROM {self.base}\nCOPY . /context\nRUN cd /context && find . -type f\n")
+        steps = f"FROM {self.base}\nCOPY . /context\nRUN cd /context && find . -type f\n"
+        listing.write_text(steps)
         told = podman("build", "--no-cache", f"--file={listing}", str(self.context))
         files = {line[2:] for line in told.splitlines() if line.startswith("./")}
         check("server/__main__.py" in files, "the context has the code")
@@ -367,7 +368,7 @@ def run(base: str, folder: Path, keep: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--base", default="", help="an image with python3 and venv; made if not given")
+    parser.add_argument("--base", default="", help="an image with python3 and venv; made if none")
     parser.add_argument("--keep", action="store_true", help=f"leave the images {PREFIX}-*")
     arguments = parser.parse_args()
     if reason := unable(arguments.base):
