@@ -6,6 +6,7 @@ serves its archive to every test that asks for `server`.
 
 import http.client
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -81,8 +82,11 @@ def write_toy_text(folder: Path, pairs: int = 20000) -> None:
 def run_verb(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     """`python -m training ...` as a user types it."""
     command = [sys.executable, "-m", "training", *map(str, arguments)]
+    # Threads that share a core with others wait for one another, longer than a toy takes to compute.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=ROOT, text=True, capture_output=True, timeout=600, check=False, **options
+        command, cwd=ROOT, text=True, capture_output=True, timeout=600, check=False,
+        env=environment, **options,
     )
 
 
