@@ -82,7 +82,7 @@ def write_toy_text(folder: Path, pairs: int = 20000) -> None:
 def run_verb(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     """`python -m training ...` as a user types it."""
     command = [sys.executable, "-m", "training", *map(str, arguments)]
-    # Threads that share a core with others wait for one another, longer than a toy takes to compute.
+    # Threads that share a core with others wait for each other longer than a toy computes.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=ROOT, text=True, capture_output=True, timeout=600, check=False,
