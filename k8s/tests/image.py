@@ -203,7 +203,7 @@ def end_of(name: str, seconds: float) -> int:
     """Return the exit status of a container that ends within `seconds`."""
     deadline = time.monotonic() + seconds
     # `podman wait` takes 20 s more where nobody buries its monitor.
-    while podman("inspect", "--format={{.State.Status}}", name).strip() != "exited":
+    while podman("inspect", "--format={{.State.Running}}", name).strip() == "true":
         if time.monotonic() > deadline:
             raise Failed(f"the container runs after {seconds:g} s:\n{podman('logs', name)}")
         time.sleep(0.1)
@@ -248,7 +248,7 @@ def check_training(image: str, folder: Path) -> tuple[str, Path]:
     options += [f"--volume={STEPS}:/etc/training/steps.sh:ro", f"--volume={runs}:/runs"]
     begun = time.monotonic()
     with container(image, *options, command=("sh", "/etc/training/steps.sh")) as name:
-        status = end_of(name, 600)
+        status = end_of(name, 300)
         said = podman("logs", name)
     check(status == 0, "the steps of a training Job end with 0", said[-2000:])
     print(f"  trained and published in {time.monotonic() - begun:.0f} s")
@@ -339,8 +339,13 @@ def unable(base: str) -> str:
     return ""
 
 
+def untagged() -> set[str]:
+    """Return the images without a name, as a build's stages are."""
+    return set(podman("images", "-a", "-q", "--filter=dangling=true").split())
+
+
 def run(base: str, folder: Path, keep: bool) -> None:
-    builder = None
+    before, builder = untagged(), None
     try:
         if not base:
             make_base(folder)
@@ -363,7 +368,7 @@ def run(base: str, folder: Path, keep: bool) -> None:
         if not keep:
             names = [*(builder.built if builder else []), *([] if base else [BASE])]
             podman("rmi", "--force", *names, status=None)
-            podman("image", "prune", "--force", status=None)
+            podman("rmi", "--force", *(untagged() - before), status=None)
 
 
 def main() -> int:
