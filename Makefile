@@ -31,7 +31,7 @@ HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint k8s-tools bench paper clean
+.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint k8s-tools loadtest autoscale bench paper clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -125,6 +125,18 @@ test: k8s-tools | $(READY)  ## every test, end to end included (four minutes on 
 
 bench: mar  ## measure the served model: requests a second and latency
 	$(BIN)/python -m bench.serving $(STORE) $(RUN)/data/test.source
+
+USERS ?= 20
+TIME ?= 1m
+# Further options of Locust and of bench/locustfile.py: make loadtest LOADTEST="--streams 0"
+LOADTEST ?=
+TOKEN ?=
+export TOKEN
+loadtest: | $(READY)  ## URL=... USERS=20 TIME=1m TEXT=file TOKEN=...: load a server with Locust
+	@$(BIN)/locust -f bench/locustfile.py --headless --only-summary -H $(URL) -u $(USERS) -r $(USERS) -t $(TIME) $(LOADTEST)
+
+autoscale: | $(READY)  ## simulate the autoscaler: a table, and pictures in build/autoscale (minutes)
+	$(BIN)/python -m bench.autoscale --out build/autoscale
 
 paper: | $(READY)  ## DATA=/path/to/multi30k: what the paper compared, trained and compared (hours; goes on)
 	$(BIN)/python -m bench.paper --data "$(DATA)"
