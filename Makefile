@@ -31,7 +31,7 @@ HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint k8s-tools loadtest autoscale bench paper clean
+.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint k8s-tools image image-test loadtest autoscale bench paper clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -125,6 +125,20 @@ test: k8s-tools | $(READY)  ## every test, end to end included (four minutes on 
 
 bench: mar  ## measure the served model: requests a second and latency
 	$(BIN)/python -m bench.serving $(STORE) $(RUN)/data/test.source
+
+# Of images: podman or docker; a base by digest for production.
+ENGINE ?= podman
+TARGET ?= serving-with-model
+BASE ?=
+IMAGE ?= localhost/$(if $(filter training,$(TARGET)),seq2serve-training,seq2serve):dev
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+image: $(if $(filter serving-with-model,$(TARGET)),mar)  ## build IMAGE (TARGET=serving, serving-with-model or training; TORCH, BASE)
+	$(ENGINE) build --target $(TARGET) --build-arg TORCH=$(TORCH) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) -t $(IMAGE) .
+
+image-test: | $(READY)  ## build the images and run them as Kubernetes would (podman; five minutes)
+	$(BIN)/python k8s/tests/image.py $(if $(BASE),--base $(BASE))
 
 USERS ?= 20
 TIME ?= 1m
