@@ -33,7 +33,7 @@ from bench.paper_findings import (
 from handler.integrity import sha256
 from model import ModelOptions, Network, SpecialTokens
 from training.batches import Batch, BatchSampler
-from training.corpus import lines
+from training.corpus import Pair, sentences
 from training.ensemble import ensemble
 from training.evaluate import best_model, perplexity
 from training.learner import Learner
@@ -198,9 +198,7 @@ def score(system: Training, beams: Sequence[int]) -> None:
     for beam in beams:
         told = {}
         for name in SETS:
-            text, references = (
-                list(lines(run.data / f"{name}.{side}")) for side in ("source", "target")
-            )
+            text, references = sentences(run.data, name)
             scores, decoded = score_text(
                 model, source, target, text, references, device, recipe.scoring, beam, show=True
             )
@@ -215,15 +213,12 @@ def score(system: Training, beams: Sequence[int]) -> None:
 def batches(system: Training, name: str, device: torch.device) -> Iterator[Batch]:
     """The batches of a set, for its perplexity."""
     ids = [
-        encoder(system.run.tokenizer / f"{side}.model")(
-            list(lines(system.run.data / f"{name}.{side}"))
-        )
-        for side in ("source", "target")
+        encoder(system.run.tokenizer / f"{side}.model")(text)
+        for side, text in zip(Pair._fields, sentences(system.run.data, name))
     ]
     pairs = TokenPairs.of(zip(*ids), SpecialTokens())
     loader = Loader(pairs, tokenizers(system.run), device)
-    sampler = BatchSampler(pairs, system.recipe.training.batch_tokens, 1024, seed=0)
-    return (loader.batch(index) for index in sampler.batches(0))
+    return loader.every(system.recipe.training.batch_tokens)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.corpus import lines
+from training.corpus import lines, sentences
 from training.recipe import ScoringOptions
 from training.scoring import decoded_scores
 
@@ -246,7 +246,7 @@ def lengths(measured: Measured, options: ScoringOptions) -> list[Bucket]:
         return []
     data = next(path for name in (*REVERSED, FORWARD)
                 if (path := measured.runs / name / "data").exists())  # fmt: skip
-    source, references = (list(lines(data / f"test.{side}")) for side in ("source", "target"))
+    source, references = sentences(data, "test")
     words = [len(line.split()) for line in source]
     found = []
     for first, last in bounds(words, BUCKETS):
@@ -267,8 +267,8 @@ def bounds(words: Sequence[int], count: int) -> list[tuple[int, int]]:
     sentences each; all sentences of one length are in one group."""
     found: list[tuple[int, int]] = []
     left, inside, first = len(words), 0, min(words)
-    for length, sentences in sorted(Counter(words).items()):
-        inside += sentences
+    for length, number in sorted(Counter(words).items()):
+        inside += number
         if inside >= left / (count - len(found)):
             found.append((first, length))
             left, inside, first = left - inside, 0, length + 1

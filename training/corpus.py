@@ -122,6 +122,16 @@ def read(files: FilesOptions, folder: Path) -> Iterator[Pair]:
         yield Pair(source, target)
 
 
+def sentences(folder: Path, name: str) -> tuple[list[str], list[str]]:
+    """The sources and the targets of a set, "validation" or "test", that `prepare` left.
+
+    Raises:
+        CorpusError: see `lines`.
+    """
+    source, target = (list(lines(folder / f"{name}.{side}")) for side in Pair._fields)
+    return source, target
+
+
 def path_of(files: FilesOptions, folder: Path, side: str) -> Path:
     """The file that holds `side`, "source" or "target"."""
     return folder / str(files.tsv or (files.source if side == "source" else files.target))

@@ -27,7 +27,6 @@ from typing import Any
 import sacrebleu
 import torch
 import yaml
-from torch import Tensor
 from tqdm import tqdm
 
 from handler.decoding import DecodingOptions, Engine, SequenceModel, decode_in_order
@@ -103,7 +102,7 @@ def distill(
     model, origin = best_model(reading(recipe, pairs), run, device)
     claim(folder, made_by(recipe, origin, options))
     source, target = tokenizers(run)
-    references = texts(pairs.target_tokens, pairs.target_offsets, target)
+    references = texts(pairs.target, target)
     finished = folder / "train.target"
     translated, since = 0, time.monotonic()
     if not finished.exists():
@@ -116,7 +115,7 @@ def distill(
                 chosen([target.decode(ids) for ids in found], references(i), recipe.scoring)
                 for i, found in window
             ])  # fmt: skip
-        sources = texts(pairs.source_tokens, pairs.source_offsets, source)
+        sources = texts(pairs.source, source)
         write_lines(folder / "train.source", map(sources, range(len(pairs))))
         for name in (f"{name}.{side}" for name in GIVEN for side in Pair._fields):
             write_bytes(folder / name, (run.data / name).read_bytes())
@@ -194,8 +193,7 @@ def decoded(
         for first in range(done, len(lengths), WINDOW):
             # Like lengths beside each other, and the shortest last: then few rows wait for others.
             order = (lengths[first : first + WINDOW].argsort(descending=True, stable=True) + first)
-            ids = [pairs.source_tokens[slice(*pairs.source_offsets[i : i + 2])].tolist()
-                   for i in order.tolist()]  # fmt: skip
+            ids = [pairs.source(i) for i in order.tolist()]
             # A new engine, so that no window depends on where an earlier call was stopped.
             engine = Engine(model, SENTENCES[device.type] * beam, device)
             found: dict[int, list[list[int]]] = {}
@@ -224,9 +222,9 @@ def sentence_bleu(scoring: ScoringOptions) -> Callable[[str, str], float]:
     return lambda text, reference: float(bleu.sentence_score(text, [reference]).score)
 
 
-def texts(tokens: Tensor, offsets: Tensor, tokenizer: Tokenizer) -> Callable[[int], str]:
+def texts(ids: Callable[[int], list[int]], tokenizer: Tokenizer) -> Callable[[int], str]:
     """The text of sequence i."""
-    return lambda i: tokenizer.decode(tokens[slice(*offsets[i : i + 2])].tolist())
+    return lambda i: tokenizer.decode(ids(i))
 
 
 def whole_windows(partial: Path) -> int:

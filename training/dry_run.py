@@ -18,7 +18,7 @@ from model import ModelOptions, Network
 from model.lstm import LSTMStack
 from model.network import Attention
 from training.batches import BatchSampler
-from training.learner import precision
+from training.learner import make_optimizer, precision
 from training.loss import GeneratorLoss, chunk_rows
 from training.recipe import Recipe
 from training.run import Run
@@ -278,8 +278,7 @@ class Meter:
         """Seconds a parameter of the optimiser."""
         sample = nn.Linear(SAMPLE_PARAMETERS // 1000, 1000, bias=False, device=self.device)
         sample.weight.grad = torch.zeros_like(sample.weight)
-        kind = torch.optim.Adam if recipe.training.optimizer == "adam" else torch.optim.SGD
-        optimizer = kind(sample.parameters(), lr=0.001, fused=True)
+        optimizer = make_optimizer(recipe.training, sample)
         return self.seconds(optimizer.step) / sample.weight.numel()
 
 

@@ -10,10 +10,11 @@ import torch
 from handler.decoding import SequenceModel
 from handler.fields import read
 from handler.integrity import sha256
-from model import Ensemble, ModelOptions, Network, ServingModel, SpecialTokens
+from model import Ensemble, ModelOptions, Network, ServingModel
 from training import checkpoint
-from training.batches import Batch, BatchSampler, collate
-from training.corpus import lines
+from training.batches import Batch
+from training.corpus import sentences
+from training.loading import Loader
 from training.recipe import Recipe
 from training.run import Run, RunError, write_json, write_text
 from training.scoring import Scores, score_text
@@ -88,9 +89,7 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
     source, target = tokenizers(run)
     scores = {}
     for name in ("validation", "test"):
-        text, references = (
-            list(lines(run.data / f"{name}.{side}")) for side in ("source", "target")
-        )
+        text, references = sentences(run.data, name)
         try:
             scores[name], decoded = score_text(
                 model, source, target, text, references, device, recipe.scoring,
@@ -100,9 +99,7 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
             raise RunError(f"{run.data / name}.source: {error}") from None
         write_text(run.root / f"{name}.decoded", "".join(line + "\n" for line in decoded))
     pairs = TokenPairs.load(run.data / "validation.tokens")
-    sampler = BatchSampler(pairs, recipe.training.batch_tokens, 1024, seed=0)
-    batches = (collate(pairs, index, SpecialTokens()) for index in sampler.batches(0))
-    held_out = (Batch(*(t.to(device) for t in batch)) for batch in batches)
+    held_out = Loader(pairs, (source, target), device).every(recipe.training.batch_tokens)
     write_json(
         run.scores,
         {

@@ -152,7 +152,7 @@ def precision(options: TrainingOptions, device: torch.device, network: Network) 
     return torch.bfloat16 if half else torch.float32
 
 
-def make_optimizer(options: TrainingOptions, network: Network) -> torch.optim.Optimizer:
+def make_optimizer(options: TrainingOptions, network: nn.Module) -> torch.optim.Optimizer:
     """Adam (arXiv 1412.6980) with the second decay of 1706.03762, or SGD without momentum."""
     if options.optimizer == "sgd":
         return torch.optim.SGD(network.parameters(), lr=options.learning_rate, fused=True)

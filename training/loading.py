@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import sentencepiece
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from handler.tokenizer import Tokenizer
 from model import SpecialTokens
-from training.batches import Batch, collate, mixed
+from training.batches import Batch, BatchSampler, collate, mixed
 from training.tokens import TokenPairs
 
+WHOLE = 1024  # most pairs of a batch that is only scored
 AHEAD = 4  # updates whose batches wait ready
 
 
@@ -40,6 +41,11 @@ class Loader:
         """The pairs at `index` as they are."""
         return self.on_device(collate(self.pairs, index, SpecialTokens()))
 
+    def every(self, batch_tokens: int) -> Iterator[Batch]:
+        """All pairs as they are, in the same batches at every call: for a score of the whole."""
+        sampler = BatchSampler(self.pairs, batch_tokens, WHOLE, seed=0)
+        return (self.batch(index) for index in sampler.batches(0))
+
     def sampled(self, index: Tensor, seed: int) -> Batch:
         """The pairs at `index`, with subwords sampled anew; equal seeds give equal batches."""
         if self.sampling == 0.0:
@@ -48,10 +54,8 @@ class Loader:
         eos = SpecialTokens().eos
         texts: list[tuple[list[int], list[int]]] = []
         for i in index.tolist():
-            source = self.pairs.source_tokens[slice(*self.pairs.source_offsets[i : i + 2].tolist())]
-            target = self.pairs.target_tokens[slice(*self.pairs.target_offsets[i : i + 2].tolist())]
-            ids = [one for one in source.tolist() if one != eos]
-            texts.append((self.resampled(0, ids), self.resampled(1, target.tolist())))
+            ids = [one for one in self.pairs.source(i) if one != eos]
+            texts.append((self.resampled(0, ids), self.resampled(1, self.pairs.target(i))))
         pairs = TokenPairs.of(texts, SpecialTokens())
         return self.on_device(collate(pairs, torch.arange(len(pairs)), SpecialTokens()))
 

@@ -138,6 +138,14 @@ class TokenPairs:
     def __len__(self) -> int:
         return len(self.source_offsets) - 1
 
+    def source(self, i: int) -> list[int]:
+        """The ids of source i, EOS included."""
+        return self.source_tokens[slice(*self.source_offsets[i : i + 2].tolist())].tolist()
+
+    def target(self, i: int) -> list[int]:
+        """The ids of target i, without BOS and EOS."""
+        return self.target_tokens[slice(*self.target_offsets[i : i + 2].tolist())].tolist()
+
     def source_lengths(self) -> Tensor:
         """int64 [N], EOS included."""
         return self.source_offsets.diff()

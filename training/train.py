@@ -4,7 +4,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -17,7 +16,7 @@ from model import Network, ServingModel
 from training import checkpoint
 from training.batches import Batch, BatchSampler
 from training.checkpoint import Progress
-from training.corpus import lines
+from training.corpus import sentences
 from training.distributed import Processes, processes
 from training.learner import Learner, NotFinite
 from training.loading import Loader
@@ -254,7 +253,9 @@ class Trainer:
         if self.processes.first:
             with self.learner.averaged():
                 figures = {
-                    "perplexity": perplexity(self.network, self.held_out_batches()),
+                    "perplexity": perplexity(
+                        self.network, self.held_out.every(self.options.batch_tokens)
+                    ),
                     "bleu": self.bleu(),
                 }
             log.validation(self.progress, figures)
@@ -283,16 +284,10 @@ class Trainer:
             f"BLEU {figures['bleu']:.2f}{' (best)' if better else ''}", file=sys.stderr,
         )  # fmt: skip
 
-    def held_out_batches(self) -> Iterator[Batch]:
-        sampler = BatchSampler(self.held_out.pairs, self.options.batch_tokens, 1024, seed=0)
-        return (self.held_out.batch(index) for index in sampler.batches(0))
-
     def bleu(self) -> float:
         limits = self.recipe.export
         model = ServingModel(self.network, limits.max_source_length, limits.max_target_length)
-        source, references = (
-            list(lines(self.run.data / f"validation.{side}")) for side in ("source", "target")
-        )
+        source, references = sentences(self.run.data, "validation")
         scores, _ = score_text(
             model, self.source, self.target, source, references, self.device, self.recipe.scoring
         )

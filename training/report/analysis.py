@@ -188,8 +188,7 @@ def seen_words(
     every = -(-len(pairs) // most)
     seen: Counter[str] = Counter()
     for i in tqdm(range(0, len(pairs), every), desc="counting words", disable=None, leave=False):
-        start, end = pairs.target_offsets[i : i + 2].tolist()
-        seen.update(words(target.decode(pairs.target_tokens[start:end].tolist())).split())
+        seen.update(words(target.decode(pairs.target(i))).split())
     return seen, every
 
 
