@@ -106,7 +106,7 @@ class Translator(litserve.LitAPI):  # type: ignore[misc]
         self.device = device
         model = torch.jit.load(str(self.folder / "model.pt"), map_location=device).eval()
         if device == "cpu" and hasattr(model, "pack") and torch.backends.mkldnn.is_available():
-            model.pack()
+            model.pack(False, True)
         self.search = torch.jit.script(Search(model, self.beam).eval())
         self.source, self.target = (
             sentencepiece.SentencePieceProcessor(model_file=str(self.folder / f"{side}.model"))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.lstm import Projection
 from model.network import Attention, Network, attend, positions, reversed_within
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ATTENDED, INITIAL = 3, 2  # tensors of memory in each half, for one model
 
 
@@ -164,8 +164,15 @@ class ServingModel(nn.Module):
         return self.generator(x).view(n, k, -1), hs + cs, weights
 
     @torch.jit.export
-    def pack(self) -> None:
-        """Lay the weights of `step` out for the CPU; see `Projection`. Not to be saved after it."""
+    def pack(self, native: bool, onednn: bool) -> None:
+        """Lay the weights of `step` out as the device multiplies them. Not to be saved after it.
+
+        Args:
+            native: for the operators of `model/native`, which only int8 weights have.
+            onednn: for oneDNN on a CPU, see `Projection`.
+        """
+        if not onednn:
+            return
         for cell in self.cells:
             cell.pack()  # type: ignore[operator]
         if self.readout is not None:
@@ -248,10 +255,10 @@ class Ensemble(nn.Module):
         return mean, after, torch.stack(attention).mean(0)
 
     @torch.jit.export
-    def pack(self) -> None:
+    def pack(self, native: bool, onednn: bool) -> None:
         """See `ServingModel.pack`."""
         for member in self.members:
-            member.pack()  # type: ignore[operator]
+            member.pack(native, onednn)  # type: ignore[operator]
 
 
 def scripted(model: nn.Module) -> torch.jit.ScriptModule:

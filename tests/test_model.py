@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handler.decoding.model import declare, load, packed
+from handler.decoding.model import load, packed
+from handler.decoding.native import declare
 from model import Ensemble, ModelOptions, Network, ServingModel
 from model.lstm import Projection
 from model.network import reversed_within
@@ -288,7 +289,7 @@ def test_packed_weights_change_nothing_and_may_be_packed_twice(name, tmp_path):
         packed_once = run_steps(packed(model, torch.device("cpu")), source, lengths, choices)
         torch.testing.assert_close(packed_once, expected, rtol=1e-3, atol=1e-3)
         for again in (packed(model, torch.device("cpu")), loaded):
-            again.pack()
+            again.pack(False, True)
             assert torch.equal(run_steps(again, source, lengths, choices), packed_once)
     for one in (model, loaded):
         one = next(one.members.children()) if name in ENSEMBLES else one
@@ -338,7 +339,7 @@ def test_a_packed_product_is_row_by_row(seed, rows, wide, out):
 ELSEWHERE = """
 import sys
 import torch
-from handler.decoding.model import declare
+from handler.decoding.native import declare
 
 path = sys.argv[1]
 try:

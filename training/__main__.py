@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("--beam-size", type=int, default=5, help="default: 5")
             verb.add_argument("--interpolate", action="store_true",
                               help="of each beam take what is most like the reference")
+        if name == "export":
+            verb.add_argument("--weights", help="float32 or int8; instead of export.weights")
         if name == "archive":
             verb.add_argument("--store", type=Path, default=Path("model-store"),
                               help="folder of the archive (default: model-store)")
@@ -65,6 +67,8 @@ def main() -> int:
     arguments = parser().parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     try:
+        if getattr(arguments, "weights", None):
+            arguments.changes.append(f"export.weights={arguments.weights}")
         recipe = load(arguments.recipe, arguments.data, arguments.changes)
         return carry_out(arguments, recipe, Run(arguments.run or Path("runs") / recipe.name))
     except BrokenPipeError:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from handler.integrity import sha256, write_digests
-from training.export import exported
+from training.export import exported, library
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically, write_text
 
@@ -54,6 +54,8 @@ def stage(run: Run, staging: Path) -> None:
     shutil.copytree(PACKAGE, staging / "handler", ignore=skipped)
     for path in (HANDLER, CONFIG, run.model):
         shutil.copy(path, staging)
+    if library(run).exists():
+        shutil.copy(library(run), staging)
     for side in ("source", "target"):
         shutil.copy(run.tokenizer / f"{side}.model", staging)
     write_digests(staging)

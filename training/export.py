@@ -2,34 +2,65 @@
 
 import json
 import platform
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
 
-from handler.decoding import DecodingOptions, Engine, decode_in_order
-from handler.decoding.model import load
+from handler.decoding import DecodingOptions, Engine, decode_in_order, native
+from handler.decoding.model import load, packed
 from handler.integrity import sha256
-from model import FORMAT_VERSION, Ensemble, ServingModel
+from model import FORMAT_VERSION
+from model.native import NoCompiler, build
+from model.quantized import quantized
 from model.serving import scripted
 from training.evaluate import Origin, best_model
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically
 
+LIBRARIES = Path(__file__).parent.parent / "build" / "native"
+
 
 def export(recipe: Recipe, run: Run) -> Path:
-    """Write model.pt and check that what was written decodes as the network does.
+    """Write model.pt and check that what was written decodes as the network does. Beside one with
+    int8 weights lies the library that makes it fast, where this machine can compile it.
 
     Raises:
         RunError: nothing trained yet, or a file that decodes otherwise.
     """
     run.demand(run.summary, "train")
+    model: Any
     model, origin = best_model(recipe, run)
+    library(run).unlink(missing_ok=True)
+    if recipe.export.weights == "int8":
+        model = quantized(model)
+        compiled(library(run))
+        native.declare(native.SCHEMAS)
     model.card = json.dumps(card(recipe, run, origin), indent=1, ensure_ascii=False)
     write_atomically(run.model, lambda temporary: scripted(model).save(str(temporary)))
     check(model, run.model)
     return run.model
+
+
+def library(run: Run) -> Path:
+    """Where the native operators lie that go with model.pt."""
+    return run.root / native.library()
+
+
+def compiled(path: Path) -> None:
+    """Put the library of the native operators at `path`, or say why there is none."""
+    try:
+        shutil.copy(build(LIBRARIES, native.library()), path)
+    except NoCompiler as error:
+        print(
+            f"export: {error}: the model works, but several times slower on a CPU; export it on a "
+            "machine with a compiler, of the kind that serves",
+            file=sys.stderr,
+        )
+    native.enable(path.parent)
 
 
 def exported(run: Run, device: torch.device) -> Any:
@@ -76,6 +107,7 @@ def card(recipe: Recipe, run: Run, origin: Origin) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "name": recipe.name,
         "version": recipe.export.version,
+        "weights": recipe.export.weights,
         "recipe": described,
         "step": origin.step,
         **ensemble,
@@ -89,7 +121,7 @@ def card(recipe: Recipe, run: Run, origin: Origin) -> dict[str, Any]:
     }
 
 
-def check(model: ServingModel | Ensemble, path: Path) -> None:
+def check(model: Any, path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     longest = min(20, model.max_source_length)
     sources = [
@@ -99,7 +131,7 @@ def check(model: ServingModel | Ensemble, path: Path) -> None:
     cpu = torch.device("cpu")
     expected, got = (
         list(decode_in_order(Engine(one, rows=4), sources, DecodingOptions()))
-        for one in (model, load(str(path), cpu))
+        for one in (packed(model, cpu), load(str(path), cpu))
     )
     if got != expected:
         path.unlink()

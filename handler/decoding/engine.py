@@ -99,7 +99,8 @@ class Engine:
         self.rows_in_use = 0  # of live sentences; those that a beam is about to need included
         self.live_count = 0
         self.next_deadline = math.inf
-        self.lanes: dict[int, Lane] = {}  # by width
+        self.fused = bool(getattr(model, "fused", False))
+        self.lanes: dict[tuple[int, bool], Lane] = {}  # by width, and whether fused
         self.encoded: Encoded | None = None
         self.memory: Any = None  # of the model's own type; holds no tensors between steps
         self.never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
@@ -222,9 +223,9 @@ class Engine:
             events += self.expire()
             events += self.fill()
             moves: list[Move] = []
-            for width, lane in list(self.lanes.items()):
+            for key, lane in list(self.lanes.items()):
                 if not lane.sentences:
-                    del self.lanes[width]
+                    del self.lanes[key]
                     continue
                 try:
                     self.step(lane, events, moves)
@@ -233,7 +234,7 @@ class Engine:
                     for one in lane.sentences:
                         self.release(one)
                         events.append(failed(one.id, error))
-                    del self.lanes[width]
+                    del self.lanes[key]
             events += self.settle(moves)
             for event in events:
                 self.sentences.pop(event.sentence, None)
@@ -271,13 +272,13 @@ class Engine:
                 events += self.encode()
                 continue
             new = self.encoded.next(self.sentences, self.capacity - self.rows_in_use)
-            if new:
-                sentences = [self.encoded.sentences[i] for i in new]
+            for lane, places in self.by_lane(self.encoded, new).items():
+                sentences = [self.encoded.sentences[i] for i in places]
                 try:
-                    self.lanes.setdefault(1, Lane(1)).add(
+                    lane.add(
                         sentences,
-                        [t[new] for t in self.encoded.state],
-                        [t[new] for t in self.encoded.attended],
+                        [t[places] for t in self.encoded.state],
+                        [t[places] for t in self.encoded.attended],
                     )
                 except RuntimeError as error:
                     logger.exception("no room for a sentence")
@@ -291,6 +292,17 @@ class Engine:
             if self.rows_in_use == self.capacity:
                 break
         return events
+
+    def by_lane(self, encoded: Encoded, places: list[int]) -> dict[Lane, list[int]]:
+        """The lanes that these of the encoded sentences begin in."""
+        lanes: dict[Lane, list[int]] = {}
+        for i in places:
+            lanes.setdefault(self.lane(1, encoded.sentences[i]), []).append(i)
+        return lanes
+
+    def lane(self, width: int, sentence: Sentence) -> Lane:
+        fused = self.fused and sentence.plain
+        return self.lanes.setdefault((width, fused), Lane(width, fused))
 
     def encode(self) -> list[Event]:
         """Encode the sentences whose turn is next."""
@@ -343,9 +355,7 @@ class Engine:
         for move in reversed(moves):
             width = len(move.sentence.live)
             try:
-                self.lanes.setdefault(width, Lane(width)).add(
-                    [move.sentence], move.state, move.attended
-                )
+                self.lane(width, move.sentence).add([move.sentence], move.state, move.attended)
             except RuntimeError as error:
                 logger.exception("no room for a beam")
                 self.release(move.sentence)

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handler.decoding.model import SequenceModel
 from handler.decoding.rows import Rows
-from handler.decoding.selection import candidates
+from handler.decoding.selection import candidates, likeliest, needed
 from handler.decoding.sentence import NEVER, Sentence
 
 
@@ -15,10 +14,15 @@ class Lane:
     """N sentences of K hypotheses each, kept dense; one step of the model advances them all.
 
     State is kept as [N, K, ...], so that a sentence comes and goes with all its rows.
+
+    Args:
+        fused: the model chooses the best tokens of each row itself (`best`), which only `plain`
+            sentences can do with.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, fused: bool = False) -> None:
         self.width = width
+        self.fused = fused
         self.sentences: list[Sentence] = []
         self.state = Rows()
         self.attended = Rows(padded=True)
@@ -46,10 +50,11 @@ class Lane:
         if i < len(self.sentences):
             self.sentences[i] = last
 
-    def step(self, model: SequenceModel, memory: Any, never: Tensor) -> list[list[int]]:
+    def step(self, model: Any, memory: Any, never: Tensor) -> list[list[int]]:
         """One token for every row.
 
         Args:
+            model: a `SequenceModel`; a `FusedModel` where the lane is fused.
             memory: an empty memory of the model's own type.
             never: ids that no text has.
 
@@ -65,11 +70,20 @@ class Lane:
         previous = torch.tensor(last, device=never.device)  # [N, K]
         memory = memory._replace(attended=self.attended.live(longest))
         flat = [t.flatten(0, 1) for t in self.state.live()]  # [N*K, ...]
-        logits, flat, attention = model.step(previous, flat, memory)
+        if self.fused:
+            count = min(needed(self.sentences), model.target_vocabulary)
+            scored = any(one.scored for one in self.sentences)
+            values, tokens, normaliser, flat, attention = model.best(
+                previous, flat, memory, count, scored
+            )
+            total = normaliser if scored else None
+            chosen = likeliest(values, tokens, total, self.sentences, model.eos_id)
+        else:
+            logits, flat, attention = model.step(previous, flat, memory)
+            logits.index_fill_(2, never, NEVER)
+            chosen = candidates(logits, self.sentences, model.eos_id)
         shape = previous.shape
         self.state.replace([t.view(*shape, *t.shape[1:]) for t in flat])
-        logits.index_fill_(2, never, NEVER)
-        chosen = candidates(logits, self.sentences, model.eos_id)
         return [
             one.take(best, model.eos_id, attention[i])
             for i, (one, best) in enumerate(zip(self.sentences, chosen))

@@ -1,11 +1,14 @@
 """What decoding needs of a model: the contract of model.pt, and its guard."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 2
+from handler.decoding import native
+
+FORMAT_VERSION = 3
 # oneDNN's operators that model.pt names. A build of torch without oneDNN (macOS) has to know them
 # to load it, and never calls them.
 ONEDNN = {
@@ -46,13 +49,25 @@ class SequenceModel(Protocol):
     ) -> tuple[Tensor, list[Tensor], Tensor]: ...
 
 
+class FusedModel(SequenceModel, Protocol):
+    """A model that chooses tokens itself where its `fused` is true: see model/quantized.py."""
+
+    fused: bool
+
+    def best(
+        self, previous: Tensor, state: list[Tensor], memory: Any, count: int, normalised: bool
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]: ...
+
+
 def load(path: str, device: torch.device) -> Any:
-    """The TorchScript model at `path`, laid out for `device`.
+    """The TorchScript model at `path`, laid out for `device`. Native operators that lie beside it
+    are used.
 
     Raises:
         ValueError: a file of another format version.
     """
-    declare(ONEDNN)
+    native.enable(Path(path).parent)
+    native.declare(native.SCHEMAS | ONEDNN)
     model = torch.jit.load(path, map_location=device)
     version = getattr(model, "format_version", None)
     if version != FORMAT_VERSION:
@@ -63,18 +78,10 @@ def load(path: str, device: torch.device) -> Any:
     return packed(model.eval(), device)
 
 
-def declare(operators: dict[str, str]) -> None:
-    """Make operators known by name and schema, where this build of torch lacks them."""
-    for name, schema in operators.items():
-        namespace, _, short = name.partition("::")
-        if not hasattr(getattr(torch.ops, namespace), short):
-            torch.library.define(name, schema)
-
-
 def packed(model: Any, device: torch.device) -> Any:
     """`model` with the weights of its steps in the layout that `device` multiplies fastest."""
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
-        model.pack()
+    cpu = device.type == "cpu"
+    model.pack(cpu and bool(native.enabled()), cpu and torch.backends.mkldnn.is_available())
     return model
 
 

@@ -1,6 +1,7 @@
 """From the logits of rows to the candidates of each sentence."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,20 +31,73 @@ def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list
     for i, sentence in enumerate(sentences):
         if sentence.options.repetition_penalty != 1.0:
             penalise_repetition(logits[i], sentence)
-    scored = [one.scored for one in sentences]
     # The normaliser once a row, and only where somebody needs it, instead of a log-softmax over V.
-    normaliser = normalisers(logits) if any(scored) else None  # [N, K]
+    normaliser = normalisers(logits) if any(one.scored for one in sentences) else None  # [N, K]
     for i, sentence in enumerate(sentences):
         if sentence.options.min_length or sentence.options.no_repeat_ngram_size:
             forbid(logits[i], sentence, eos)
+    best = ranked(lambda rows, count: top(logits[rows], count), normaliser, sentences)
+    replaced = forced(logits, sentences) | drawn(logits, sentences, best)
+    for i, token in replaced.items():
+        if best[i] and best[i][0][0] != NEVER:
+            whole = math.nan
+            if sentences[i].scored and normaliser is not None:
+                so_far = sentences[i].live[0].log_probability
+                whole = so_far + float(logits[i, 0, token]) - float(normaliser[i, 0])
+            best[i] = [(whole, 0, token)]
+    return best
+
+
+def needed(sentences: list[Sentence]) -> int:
+    """How many of each row's greatest logits `likeliest` has to have: one more where EOS may be
+    among them and must not."""
+    return max(considered(one) + one.short for one in sentences)
+
+
+def likeliest(
+    values: Tensor,
+    tokens: Tensor,
+    normaliser: Tensor | None,
+    sentences: list[Sentence],
+    eos: int,
+) -> list[list[Candidate]]:
+    """`candidates` of sentences that are `plain`, from the greatest logits of each row [N, K, C],
+    best first, their tokens, and the normaliser of all [N, K], where any sentence needs it."""
+    short = [one.short for one in sentences]
+    if any(short):
+        forbidden = (tokens == eos) & torch.tensor(short, device=tokens.device).view(-1, 1, 1)
+        allowed = values.masked_fill(forbidden, NEVER)
+        values, order = torch.sort(allowed, stable=True, dim=2, descending=True)
+        tokens = tokens.gather(2, order)
+    return ranked(
+        lambda rows, count: (values[rows, :, :count], tokens[rows, :, :count]),
+        normaliser,
+        sentences,
+    )
+
+
+def ranked(
+    top_of: Callable[[slice | list[int], int], tuple[Tensor, Tensor]],
+    normaliser: Tensor | None,
+    sentences: list[Sentence],
+) -> list[list[Candidate]]:
+    """The best continuations of each sentence, from the best of each of its rows.
+
+    Args:
+        top_of: the greatest `count` logits of some sentences [n, K, count], and their tokens.
+        normaliser: of each row [N, K], where any sentence needs it.
+    """
+    scored = [one.scored for one in sentences]
     offsets = None
     if normaliser is not None:
         so_far = torch.tensor(
             [[h.log_probability if one.scored else 0.0 for h in one.live] for one in sentences],
-            device=logits.device, dtype=logits.dtype,
+            device=normaliser.device, dtype=normaliser.dtype,
         )  # [N, K]
-        known = torch.tensor(scored, device=logits.device).unsqueeze(1)
-        offsets = torch.where(known, so_far - normaliser, 0.0).unsqueeze(2)  # [N, K, 1]
+        offsets = (so_far - normaliser).unsqueeze(2)  # [N, K, 1]
+        if not all(scored):
+            known = torch.tensor(scored, device=normaliser.device).view(-1, 1, 1)
+            offsets = torch.where(known, offsets, 0.0)
     # Apart by how many are considered: among equals, top-k's choice depends on k.
     groups: dict[int, list[int]] = {}
     for i, one in enumerate(sentences):
@@ -51,35 +105,29 @@ def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list
     best: list[list[Candidate]] = [[] for _ in sentences]
     for count, members in groups.items():
         rows: slice | list[int] = members if len(groups) > 1 else slice(None)  # without copies
-        found = best_of(logits[rows], None if offsets is None else offsets[rows], count)
-        for i, candidates_of_one in zip(members, found):
-            best[i] = candidates_of_one
-    replaced = forced(logits, sentences) | drawn(logits, sentences, best)
-    for i, sentence in enumerate(sentences):
-        value = best[i][0][0]
-        if math.isnan(value) or value == math.inf:
-            best[i] = []
-        elif i in replaced and value != NEVER:
-            token = replaced[i]
-            whole = math.nan
-            if scored[i] and normaliser is not None:
-                so_far_here = sentence.live[0].log_probability
-                whole = so_far_here + float(logits[i, 0, token]) - float(normaliser[i, 0])
-            best[i] = [(whole, 0, token)]
-        elif not scored[i] and value != NEVER:
-            best[i] = [(math.nan, 0, best[i][0][2])]
+        values, tokens = top_of(rows, count)
+        found = best_of(values, tokens, None if offsets is None else offsets[rows], count)
+        for i, of_one in zip(members, found):
+            value = of_one[0][0]
+            if math.isnan(value) or value == math.inf:
+                continue
+            if not scored[i] and value != NEVER:
+                of_one = [(math.nan, 0, of_one[0][2])]
+            best[i] = of_one
     return best
 
 
-def best_of(logits: Tensor, offsets: Tensor | None, count: int) -> list[list[Candidate]]:
-    """The best `count` of logits [N, K, V] + offsets [N, K, 1], for each sentence."""
-    values, tokens = top(logits, count)  # [N, K, count], best first; NaN is greatest
+def best_of(
+    values: Tensor, tokens: Tensor, offsets: Tensor | None, count: int
+) -> list[list[Candidate]]:
+    """For each sentence the best `count` of values [N, K, C] + offsets [N, K, 1]; values are best
+    first, and NaN is greatest."""
     k, choices = values.size(1), values.size(2)
     if offsets is not None:
         values = values + offsets
-    values, tokens = values.flatten(1), tokens.flatten(1)  # [N, K*count]
+    values, tokens = values.flatten(1), tokens.flatten(1)  # [N, K*C]
     if k == 1:
-        places = torch.arange(choices).expand(values.size(0), -1).tolist()
+        places = [list(range(choices))] * values.size(0)
     else:
         # The best of each row first, then the best of the sentence among those.
         values, place = values.topk(min(count, values.size(1)), 1)  # [N, count]
@@ -144,12 +192,10 @@ def forbid(logits: Tensor, sentence: Sentence, eos: int) -> None:
     """Put what the options rule out at -inf; logits [K, V] of one sentence."""
     if sentence.forced is not None:
         return
-    options = sentence.options
-    length = len(sentence.live[0].tokens)
-    if length < options.min_length:
+    if sentence.short:
         logits[:, eos] = NEVER
-    size = options.no_repeat_ngram_size
-    if size and length + 1 >= size:
+    size = sentence.options.no_repeat_ngram_size
+    if size and len(sentence.live[0].tokens) + 1 >= size:
         for row, one in zip(logits, sentence.live):
             banned = continuations(one.tokens, size)
             if banned:
@@ -181,7 +227,7 @@ def drawn(
     """
     asking = [
         i for i, one in enumerate(sentences)
-        if one.options.sampling and one.forced is None and math.isfinite(best[i][0][0])
+        if one.options.sampling and one.forced is None and best[i] and best[i][0][0] != NEVER
     ]
     # Apart, so that how a sentence is drawn does not depend on what others ask for.
     narrow = [i for i in asking if sentences[i].options.top_k or sentences[i].options.top_p < 1]

@@ -75,6 +75,19 @@ class Sentence:
         return self.options.beam_size > 1 or self.options.return_scores
 
     @property
+    def plain(self) -> bool:
+        """Whether the greatest logits of each row decide everything, and never all of them."""
+        o = self.options
+        return not (
+            self.prefix or o.sampling or o.no_repeat_ngram_size or o.repetition_penalty != 1.0
+        )
+
+    @property
+    def short(self) -> bool:
+        """Whether the options forbid it to end here."""
+        return len(self.live[0].tokens) < self.options.min_length
+
+    @property
     def ended(self) -> bool:
         return not self.live
 

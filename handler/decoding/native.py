@@ -1,0 +1,71 @@
+"""The operators of `model/native`, where a library for this machine lies beside a model.
+
+They are torch.ops.seq2serve.*, of the whole process. Without them an int8 model computes the same
+with torch's own operators, several times slower.
+"""
+
+import logging
+import platform
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# As model/native/operators.cpp declares them. Where there is no library a model that names them
+# has to load, and never calls them.
+SCHEMAS = {
+    "seq2serve::use": "(str name) -> str",
+    "seq2serve::cell": "(Tensor x, Tensor tokens, Tensor table, Tensor h, Tensor c, "
+    "Tensor[] packed) -> (Tensor, Tensor)",
+    "seq2serve::linear": "(Tensor x, Tensor more, Tensor[] packed, int size, bool tanh) -> Tensor",
+    "seq2serve::best": "(Tensor x, Tensor[] packed, int count, bool normalised) -> "
+    "(Tensor, Tensor, Tensor)",
+    "seq2serve::attend": "(Tensor query, Tensor keys, Tensor values, Tensor mask, int heads) -> "
+    "(Tensor, Tensor)",
+    "seq2serve::layer": "(Tensor added, Tensor tokens, Tensor table, Tensor lengths, "
+    "Tensor[] packed, int size, bool backwards) -> (Tensor, Tensor, Tensor)",
+}
+_kernels = ""  # of the library that this process has loaded
+_declared: dict[str, torch.library.Library] = {}  # by namespace
+
+
+def library() -> str:
+    """The file name of the operators for this system, processor and torch, whose ABI they use."""
+    version = torch.__version__.partition("+")[0]
+    return f"seq2serve-torch{version}-{platform.system()}-{platform.machine()}.so".lower()
+
+
+def enabled() -> str:
+    """The name of the kernels in use, the fastest that this processor has; empty for none."""
+    return _kernels
+
+
+def enable(folder: Path) -> str:
+    """Load the library in `folder`, if there is one and none is loaded yet.
+
+    Returns:
+        What `enabled` says from now on.
+    """
+    global _kernels
+    path = folder / library()
+    if _kernels or not path.exists():
+        return _kernels
+    if "seq2serve" in _declared:
+        _declared.pop("seq2serve")._destroy()
+    try:
+        torch.ops.load_library(str(path))
+        _kernels = torch.ops.seq2serve.use("")
+    except (OSError, RuntimeError) as error:
+        logger.warning("%s cannot be used: %s", path, error)
+    return _kernels
+
+
+def declare(operators: dict[str, str]) -> None:
+    """Make operators known by name and schema, where nothing has brought them."""
+    for name, schema in operators.items():
+        namespace, _, short = name.partition("::")
+        if not hasattr(getattr(torch.ops, namespace), short):
+            if namespace not in _declared:
+                _declared[namespace] = torch.library.Library(namespace, "FRAGMENT")
+            torch.library.define(name, schema, lib=_declared[namespace])

@@ -1,0 +1,181 @@
+// The kernels, around `product`, which the including file has for its processor:
+//
+//   void product(const uint8_t* a, size_t stride, int rows, const int8_t* w, int depth, int32_t* c)
+//
+// multiplies up to BLOCK rows of bytes by one group of weights: c [rows, 64], without compensation.
+#include "vector.h"
+
+#include "kernels.h"
+
+namespace seq2serve {
+namespace {
+
+float quantise(const Parts& parts, uint8_t* bytes, int depth) {
+  const float* vectors[2] = {parts.first, parts.second};
+  const int sizes[2] = {parts.first_size, parts.second_size};
+  Floats most = Floats{}, spoilt = Floats{};
+  for (int p = 0; p < 2; ++p)
+    for (int i = 0; i < sizes[p]; i += LANES) {
+      const Floats x = load(vectors[p] + i, sizes[p] - i);
+      most = larger(larger(x, -x), most);
+      spoilt += x * 0.0f;  // NaN where x is NaN or infinite
+    }
+  const float range = greatest(most), scale = range / 127.0f + sum(spoilt);
+  const float inverse = range > 0.0f && scale == scale ? 127.0f / range : 0.0f;
+  // Adding ROUNDING leaves the rounded value in the low bits; 128 on top makes it positive.
+  const Floats offset = Floats{} + (ROUNDING + 128.0f);
+  int at = 0;
+  for (int p = 0; p < 2; ++p)
+    for (int i = 0; i < sizes[p]; i += LANES) {
+      const int n = sizes[p] - i < LANES ? sizes[p] - i : LANES;
+      const Floats x = scale == scale ? load(vectors[p] + i, n) : Floats{};
+      const Bytes q = __builtin_convertvector(bits(x * inverse + offset) & 0xFF, Bytes);
+      std::memcpy(bytes + at, &q, n);
+      at += n;
+    }
+  std::memset(bytes + at, 128, depth - at);
+  return scale;
+}
+
+// Calls `each(row, sums [64])` with the products of every row and a group.
+template <typename Each>
+inline void products(const Quantized& x, const Weights& w, int group, const Each& each) {
+  alignas(64) int32_t c[BLOCK * WIDTH];
+  const int8_t* packed = w.packed + (size_t)group * WIDTH * w.depth;
+  for (int first = 0; first < x.rows; first += BLOCK) {
+    const int rows = x.rows - first < BLOCK ? x.rows - first : BLOCK;
+    product(x.bytes + (size_t)first * w.depth, w.depth, rows, packed, w.depth, c);
+    for (int r = 0; r < rows; ++r) each(first + r, c + r * WIDTH);
+  }
+}
+
+struct Channels {  // of one group
+  Ints compensation[4];
+  Floats scale[4], bias[4];
+
+  Channels(const Weights& w, int group) {
+    for (int p = 0; p < 4; ++p) {
+      const size_t at = (size_t)group * WIDTH + p * LANES;
+      compensation[p] = load(w.compensation + at);
+      scale[p] = load(w.scale + at);
+      bias[p] = load(w.bias + at);
+    }
+  }
+
+  Floats of_row(int p, const int32_t* sums, float row_scale, Floats added) const {
+    return of(load(sums + p * LANES) + compensation[p]) * (row_scale * scale[p]) + added;
+  }
+};
+
+void cell(const Quantized& x, const Weights& w, int group, int size, const CellRow* rows) {
+  const Channels channels(w, group);
+  const int at = group * LANES, n = size - at < LANES ? size - at : LANES;
+  products(x, w, group, [&](int r, const int32_t* sums) {
+    const CellRow& row = rows[r];
+    Floats gate[4];
+    for (int p = 0; p < 4; ++p)
+      gate[p] = channels.of_row(p, sums, x.scale[r],
+                                load(row.added + (size_t)group * WIDTH + p * LANES));
+    const Floats c = sigmoid(gate[1]) * load(row.c + at, n) + gated(gate[0], gate[3]);
+    store(row.c_next + at, c, n);
+    store(row.h_next + at, gated(gate[2], c), n);
+  });
+}
+
+void linear(const Quantized& x, const Weights& w, int group, int size, bool tanh, float* y) {
+  const Channels channels(w, group);
+  products(x, w, group, [&](int r, const int32_t* sums) {
+    for (int p = 0; p < 4; ++p) {
+      const int at = group * WIDTH + p * LANES;
+      if (at >= size) break;
+      const Floats v = channels.of_row(p, sums, x.scale[r], channels.bias[p]);
+      store(y + (size_t)r * size + at, tanh ? tangent(v) : v, size - at);
+    }
+  });
+}
+
+// Keeps `value` among the greatest; equals stay in the order in which they came.
+inline void keep(float value, int64_t token, int count, float* values, int64_t* tokens) {
+  int place = count - 1;
+  for (; place > 0 && values[place - 1] < value; --place) {
+    values[place] = values[place - 1];
+    tokens[place] = tokens[place - 1];
+  }
+  values[place] = value;
+  tokens[place] = token;
+}
+
+void best(const Quantized& x, const Weights& w, int group, const Best& best) {
+  const Channels channels(w, group);
+  products(x, w, group, [&](int r, const int32_t* sums) {
+    Floats logits[4], most = Floats{} - std::numeric_limits<float>::infinity();
+    for (int p = 0; p < 4; ++p) {
+      logits[p] = channels.of_row(p, sums, x.scale[r], channels.bias[p]);
+      most = larger(logits[p], most);
+    }
+    const float maximum = greatest(most);
+    float* values = best.values + (size_t)r * best.count;
+    if (maximum > values[best.count - 1])
+      for (int p = 0; p < 4; ++p)
+        for (int i = 0; i < LANES; ++i)
+          if (logits[p][i] > values[best.count - 1])
+            keep(logits[p][i], group * WIDTH + p * LANES + i, best.count, values,
+                 best.tokens + (size_t)r * best.count);
+    if (best.maxima == nullptr) return;
+    Floats total = Floats{};
+    if (maximum > -std::numeric_limits<float>::infinity())
+      for (int p = 0; p < 4; ++p) total += exponential(logits[p] - maximum);
+    best.maxima[(size_t)r * w.groups + group] = maximum;
+    best.sums[(size_t)r * w.groups + group] = sum(total);
+  });
+}
+
+float normaliser(const float* maxima, const float* sums, int groups) {
+  const float lowest = -std::numeric_limits<float>::infinity();
+  Floats most = Floats{} + lowest, total = Floats{};
+  for (int i = 0; i < groups; i += LANES) most = larger(load(maxima + i, groups - i, lowest), most);
+  const float maximum = greatest(most);
+  for (int i = 0; i < groups; i += LANES)
+    total += load(sums + i, groups - i) * exponential(load(maxima + i, groups - i, lowest) - maximum);
+  return maximum + std::log(sum(total));
+}
+
+void attend(const float* query, const float* keys, const float* values, const bool* mask, int n,
+            int heads, int size, float* scratch, float* context, float* weights) {
+  const int width = heads * size;
+  for (int s = 0; s < n; ++s) weights[s] = 0.0f;
+  for (int head = 0; head < heads; ++head) {
+    const int at = head * size;
+    float maximum = -std::numeric_limits<float>::infinity();
+    for (int s = 0; s < n; ++s) {
+      if (!mask[s]) continue;
+      const float* key = keys + (size_t)s * width + at;
+      Floats dot = Floats{};
+      for (int i = 0; i < size; i += LANES)
+        dot += load(query + at + i, size - i) * load(key + i, size - i);
+      scratch[s] = sum(dot);
+      maximum = scratch[s] > maximum ? scratch[s] : maximum;
+    }
+    Floats total = Floats{};
+    for (int s = 0; s < n; s += LANES) {
+      Floats e = exponential(load(scratch + s, n - s) - maximum);
+      for (int i = 0; i < LANES; ++i) e[i] = s + i < n && mask[s + i] ? e[i] : 0.0f;
+      store(scratch + s, e, n - s);
+      total += e;
+    }
+    const float share = 1.0f / sum(total);
+    for (int s = 0; s < n; ++s) {
+      scratch[s] *= share;
+      weights[s] += scratch[s] / heads;
+    }
+    for (int i = 0; i < size; i += LANES) {
+      Floats mixed = Floats{};
+      for (int s = 0; s < n; ++s)
+        if (mask[s]) mixed += scratch[s] * load(values + (size_t)s * width + at + i, size - i);
+      store(context + at + i, mixed, size - i);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace seq2serve

@@ -1,0 +1,372 @@
+"""The served network with int8 weights: the `model.pt` of `export --weights int8`.
+
+It computes with torch's own operators, everywhere, or with the fused ones of `model/native`, where
+`pack` is told that they are there; the two differ by the last bits of sigmoid, tanh and exp. The
+first layer's product with the embedding is folded into a table of the vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.int8 import Int8Embedding, Int8Projection
+from model.lstm import Cell, LSTMStack
+from model.network import Bridge, Encoder, attend, positions, reversed_within
+from model.serving import Ensemble, Memory, Readout, ServingModel
+
+FOLDED_BYTES = 1 << 28  # the largest table that a first layer is folded into
+
+
+class Int8Cell(nn.Module):
+    """One LSTM layer for one step: see `model.lstm.Cell`.
+
+    Where `folded`, the input is a token, and its part of the gates a row of a table.
+    """
+
+    def __init__(
+        self, input: Tensor, recurrent: Tensor, bias: Tensor | None, folded: bool
+    ) -> None:
+        super().__init__()
+        self.size = recurrent.size(1)
+        self.folded = folded
+        self.input = Int8Projection(input, bias, self.size) if folded else None
+        weight = recurrent if folded else torch.cat([input, recurrent], 1)
+        self.gates = Int8Projection(weight, None if folded else bias, self.size)
+        self.table = torch.empty(0)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor, h: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [R, input], tokens int64 [R], h and c [R, H] -> the next h and c [R, H]."""
+        if len(self.gates.packed) > 0:
+            return torch.ops.seq2serve.cell(x, tokens, self.table, h, c, self.gates.packed)
+        if self.folded:
+            return gated(self.gates.plain(h) + self.table[tokens], c)
+        return gated(self.gates.plain(torch.cat([x, h], 1)), c)
+
+    @torch.jit.export
+    def pack(self, native: bool, words: Tensor) -> None:
+        if self.input is not None and self.table.numel() == 0:
+            self.table = self.input.table(words, native)
+        self.gates.pack(native)
+
+
+def gated(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates [R, 4H] in the order i, f, o, g and c [R, H] -> the next h and c."""
+    i, f, o, g = gates.chunk(4, 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def in_order(weight: Tensor) -> Tensor:
+    """nn.LSTM's gates [4H, ...], i f g o, in the order i, f, o, g."""
+    i, f, g, o = weight.chunk(4)
+    return torch.cat([i, f, o, g])
+
+
+class Int8Layer(nn.Module):
+    """One direction of one encoder layer over whole sentences."""
+
+    def __init__(self, lstm: nn.LSTM, layer: int, backwards: bool, folded: bool) -> None:
+        super().__init__()
+        suffix = f"_l{layer}{'_reverse' if backwards else ''}"
+        w_ih, w_hh, b_ih, b_hh = (
+            in_order(getattr(lstm, name + suffix).detach())
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        )
+        self.size = lstm.hidden_size
+        self.backwards = backwards
+        self.folded = folded
+        self.input = Int8Projection(w_ih, b_ih + b_hh, self.size)
+        self.recurrent = Int8Projection(w_hh, None, self.size)
+        self.table = torch.empty(0)
+
+    def forward(
+        self, x: Tensor, tokens: Tensor, lengths: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, S, input], tokens int64 [N, S], lengths int64 [N] -> y [N, S, H], zero in the
+        padding, and the last h and c [N, H]."""
+        n, s = tokens.size(0), tokens.size(1)
+        if len(self.recurrent.packed) > 0:
+            added = x[:, :, :0] if self.folded else self.input(x.flatten(0, 1)).view(n, s, -1)
+            return torch.ops.seq2serve.layer(
+                added, tokens, self.table, lengths, self.recurrent.packed, self.size,
+                self.backwards,
+            )
+        added = self.table[tokens] if self.folded else self.input(x.flatten(0, 1)).view(n, s, -1)
+        if self.backwards:
+            added = reversed_within(added, lengths)
+        h = torch.zeros([n, self.size], dtype=x.dtype, device=x.device)
+        c = h
+        ys: list[Tensor] = []
+        for t in range(s):
+            live = (lengths > t).unsqueeze(1)
+            h_next, c_next = gated(self.recurrent.plain(h) + added[:, t], c)
+            ys.append(h_next * live)
+            h, c = torch.where(live, h_next, h), torch.where(live, c_next, c)
+        y = torch.stack(ys, 1)
+        return reversed_within(y, lengths) if self.backwards else y, h, c
+
+    @torch.jit.export
+    def pack(self, native: bool, words: Tensor) -> None:
+        if not self.folded:
+            self.input.pack(native)
+        elif self.table.numel() == 0:
+            self.table = self.input.table(words, native)
+        self.recurrent.pack(native)
+
+
+class Int8Encoder(nn.Module):
+    """See `model.network.Encoder`."""
+
+    def __init__(self, encoder: Encoder, embedding: Int8Embedding) -> None:
+        super().__init__()
+        self.reverse = encoder.reverse
+        self.embedding = embedding
+        self.layers, self.after, self.directions = nn.ModuleList(), nn.ModuleList(), 1
+        for lstm, after, follows in layers_of(encoder.stack):
+            self.directions = 2 if lstm.bidirectional else 1
+            first = len(self.layers) == 0
+            fold = first and fits(embedding, 4 * lstm.hidden_size)
+            self.layers.append(
+                nn.ModuleList(
+                    Int8Layer(lstm, follows, backwards, fold)
+                    for backwards in (False, True)[: self.directions]
+                )
+            )
+            self.after.append(after)
+
+    def forward(self, source: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.reverse:
+            source = reversed_within(source, lengths)
+        x = self.embedding(source)  # [N, S, E]
+        hs: list[Tensor] = []
+        cs: list[Tensor] = []
+        for layer, after in zip(self.layers, self.after):
+            ys: list[Tensor] = []
+            for direction in layer:  # type: ignore[attr-defined]
+                y, h, c = direction(x, source, lengths)
+                ys.append(y)
+                hs.append(h)
+                cs.append(c)
+            x = after(x, torch.cat(ys, 2))
+        return x, torch.cat(hs, 1), torch.cat(cs, 1)
+
+    @torch.jit.export
+    def pack(self, native: bool) -> None:
+        words = self.embedding.whole()
+        for layer in self.layers:
+            for direction in layer:  # type: ignore[attr-defined]
+                direction.pack(native, words)
+
+
+def layers_of(stack: LSTMStack) -> list[tuple[nn.LSTM, nn.Module, int]]:
+    """Each layer's weights, what follows it, and its number within the weights."""
+    _, after = stack.cells()
+    calls = [lstm for lstm in stack.calls if isinstance(lstm, nn.LSTM)]
+    places = [(lstm, layer) for lstm in calls for layer in range(lstm.num_layers)]
+    return [(lstm, each, layer) for (lstm, layer), each in zip(places, after)]
+
+
+def fits(embedding: Int8Embedding, gates: int) -> bool:
+    return embedding.rows.size(0) * gates * 4 <= FOLDED_BYTES
+
+
+class Int8Bridge(nn.Module):
+    """See `model.network.Bridge`."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__()
+        self.layers = bridge.layers
+        self.h, self.c = None, None
+        if isinstance(bridge.h, nn.Linear) and isinstance(bridge.c, nn.Linear):
+            self.h = Int8Projection(bridge.h.weight, bridge.h.bias)
+            self.c = Int8Projection(bridge.c.weight, bridge.c.bias)
+
+    def forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if self.h is not None and self.c is not None:
+            h, c = self.h(h, True), self.c(c)
+        return h.view(h.size(0), self.layers, -1), c.view(c.size(0), self.layers, -1)
+
+    @torch.jit.export
+    def pack(self, native: bool) -> None:
+        if self.h is not None and self.c is not None:
+            self.h.pack(native)
+            self.c.pack(native)
+
+
+class Int8Readout(nn.Module):
+    """See `model.serving.Readout`; keys and values are made here too."""
+
+    def __init__(self, readout: Readout, key: nn.Linear, value: nn.Linear) -> None:
+        super().__init__()
+        self.heads = readout.heads
+        self.score = readout.score
+        self.key = Int8Projection(key.weight, None)
+        self.value = Int8Projection(value.weight, None)
+        self.query = Int8Projection(readout.query.weight, None)
+        self.readout = Int8Projection(readout.readout.weight, readout.readout.bias)
+
+    def attended(self, y: Tensor) -> list[Tensor]:
+        """Encoder outputs [N, S, ...] -> keys and values [N, S, A]."""
+        n, s = y.size(0), y.size(1)
+        flat = y.flatten(0, 1)
+        return [self.key(flat).view(n, s, -1), self.value(flat).view(n, s, -1)]
+
+    def forward(
+        self, h: Tensor, hypotheses: int, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        query = self.query(h).view(keys.size(0), hypotheses, -1)  # [N, K, A]
+        native = len(self.readout.packed) > 0
+        if native and self.score is None:
+            context, weights = torch.ops.seq2serve.attend(query, keys, values, mask, self.heads)
+        else:
+            context, weights = attend(query, keys, values, mask, self.heads, self.score)
+        flat = context.flatten(0, 1)
+        if native:
+            return torch.ops.seq2serve.linear(
+                h, flat, self.readout.packed, self.readout.size, True
+            ), weights
+        return self.readout(torch.cat([h, flat], 1), True), weights
+
+    @torch.jit.export
+    def pack(self, native: bool) -> None:
+        self.key.pack(native)
+        self.value.pack(native)
+        self.query.pack(native)
+        self.readout.pack(native)
+
+
+def quantized(model: ServingModel | Ensemble) -> nn.Module:
+    """The same model with int8 weights. `Ensemble.members` share nothing."""
+    if not isinstance(model, Ensemble):
+        return QuantizedModel(model)
+    members: list[Any] = [
+        QuantizedModel(member) for member in model.members if isinstance(member, ServingModel)
+    ]
+    return Ensemble(members, model.card)
+
+
+class QuantizedModel(nn.Module):
+    """`model.serving.ServingModel` with int8 weights, and one method more, `best`."""
+
+    def __init__(self, model: ServingModel) -> None:
+        super().__init__()
+        self.format_version = model.format_version
+        self.pad_id, self.unk_id = model.pad_id, model.unk_id
+        self.bos_id, self.eos_id = model.bos_id, model.eos_id
+        self.source_vocabulary = model.source_vocabulary
+        self.target_vocabulary = model.target_vocabulary
+        self.max_source_length = model.max_source_length
+        self.max_target_length = model.max_target_length
+        self.has_attention = model.has_attention
+        self.card = model.card
+        self.fused = False  # whether `best` can be called
+        self.embedding = Int8Embedding(model.embedding.weight)
+        shared = model.encoder.embedding.weight is model.embedding.weight
+        source = self.embedding if shared else Int8Embedding(model.encoder.embedding.weight)
+        self.encoder = Int8Encoder(model.encoder, source)
+        self.bridge = Int8Bridge(model.bridge)
+        self.cells, self.after = nn.ModuleList(), model.after
+        self.embeds = True  # whether a word's embedding is read beside the table
+        for cell in model.cells:
+            assert isinstance(cell, Cell)
+            weight, bias = cell.gates.weight, cell.gates.bias
+            size = weight.size(0) // 4
+            input, recurrent = weight[:, :-size], weight[:, -size:]
+            first = len(self.cells) == 0 and fits(self.embedding, 4 * size)
+            self.cells.append(Int8Cell(input, recurrent, bias, first))
+            if first:
+                self.embeds = bool(self.after[0].residual)
+        self.readout = None
+        if model.readout is not None and model.key is not None and model.value is not None:
+            self.readout = Int8Readout(model.readout, model.key, model.value)
+        self.generator = Int8Projection(model.generator.weight, model.generator.bias)
+        if model.generator.weight.data_ptr() == model.embedding.weight.data_ptr():
+            self.generator.weight, self.generator.scale = self.embedding.rows, self.embedding.scale
+        never = [self.pad_id, self.unk_id, self.bos_id]  # no text has them
+        self.generator.bias[never] = float("-inf")
+        self.eval()
+
+    @torch.jit.export
+    def encode(self, source: Tensor, lengths: Tensor) -> Memory:
+        """See `ServingModel.encode`."""
+        y, h, c = self.encoder(source, lengths)
+        h0, c0 = self.bridge(h, c)
+        attended: list[Tensor] = []
+        if self.readout is not None:
+            if self.encoder.reverse:
+                y = reversed_within(y, lengths)
+            attended = self.readout.attended(y)
+            attended.append(positions(source, lengths))
+        return Memory(attended, [h0, c0])
+
+    @torch.jit.export
+    def start(self, memory: Memory) -> list[Tensor]:
+        """See `ServingModel.start`."""
+        h0, c0 = memory.initial[0], memory.initial[1]  # [N, L, H]
+        return list(h0.unbind(1)) + list(c0.unbind(1))
+
+    def features(
+        self, previous: Tensor, state: list[Tensor], memory: Memory
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What the generator reads [N*K, E], the new state, and attention [N, K, S]."""
+        n, k = previous.size(0), previous.size(1)
+        layers = len(state) // 2
+        tokens = previous.flatten()
+        hs: list[Tensor] = []
+        cs: list[Tensor] = []
+        # [N*K, E], where something reads it beside the table.
+        x = self.embedding(tokens) if self.embeds else state[0][:, :0]
+        for i, (cell, after) in enumerate(zip(self.cells, self.after)):
+            h, c = cell(x, tokens, state[i].contiguous(), state[layers + i].contiguous())
+            x = after(x, h)
+            hs.append(h)
+            cs.append(c)
+        weights = x.new_empty([n, k, 0])
+        if self.readout is not None:
+            keys, values, mask = memory.attended[0], memory.attended[1], memory.attended[2]
+            x, weights = self.readout(x, k, keys, values, mask)
+        return x, hs + cs, weights
+
+    @torch.jit.export
+    def step(
+        self, previous: Tensor, state: list[Tensor], memory: Memory
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """See `ServingModel.step`."""
+        x, state, weights = self.features(previous, state, memory)
+        return self.generator(x).view(previous.size(0), previous.size(1), -1), state, weights
+
+    @torch.jit.export
+    def best(
+        self, previous: Tensor, state: list[Tensor], memory: Memory, count: int, normalised: bool
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+        """`step` that keeps of each row's logits only what decoding mostly needs.
+
+        Returns:
+            The greatest `count` logits [N, K, count], best first (equals by id; -inf where there
+            are fewer; NaN where the row is not finite), their tokens, and where asked for the log
+            sum exp of all [N, K] (else empty); then what `step` returns beside its logits.
+        """
+        n, k = previous.size(0), previous.size(1)
+        x, state, weights = self.features(previous, state, memory)
+        values, tokens, normaliser = torch.ops.seq2serve.best(
+            x, self.generator.packed, count, normalised
+        )
+        if normalised:
+            normaliser = normaliser.view(n, k)
+        return values.view(n, k, -1), tokens.view(n, k, -1), normaliser, state, weights
+
+    @torch.jit.export
+    def pack(self, native: bool, onednn: bool) -> None:
+        """See `ServingModel.pack`."""
+        self.encoder.pack(native)
+        self.bridge.pack(native)
+        words = self.embedding.whole()
+        for cell in self.cells:
+            cell.pack(native, words)  # type: ignore[operator]
+        if self.readout is not None:
+            self.readout.pack(native)
+        self.generator.pack(native, float("-inf"))
+        self.fused = native
