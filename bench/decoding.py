@@ -40,7 +40,7 @@ PEERS = {
     "OpenNMT-py": ("opennmt", "opennmt_rnn"),
     "fairseq": ("fairseq", "fairseq_lstm"),
 }
-OURS = "ours"
+OURS, INT8 = "ours", "ours int8"
 TOKENS = 25  # of each target
 VOCABULARY = 8000
 
@@ -95,6 +95,7 @@ def installed(folder: Path | None) -> Iterator[tuple[str, Path, str]]:
         else:
             print(f"{name}: not installed, left out", file=sys.stderr)
     yield OURS, Path(sys.executable), "ours"
+    yield INT8, Path(sys.executable), "ours_int8"
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
@@ -151,8 +152,8 @@ class Runner:
 
 def compare(runners: dict[str, Runner], work: list[Job], rounds: int) -> None:
     """Print a row for each job as soon as it is measured, then what the systems are."""
-    peers = [name for name in runners if name != OURS]
-    columns = [*peers, OURS, "ours / best peer", "floor", "ours / floor"]
+    peers = [name for name in runners if name not in (OURS, INT8)]
+    columns = [*peers, OURS, INT8, "ours / best peer", "int8 / best peer", "floor", "ours / floor"]
     print(f"| size | threads | | batch | {' | '.join(columns)} |")
     print("|" + "---|" * (4 + len(columns)), flush=True)
     notes: dict[str, str] = {}
@@ -174,13 +175,14 @@ def compare(runners: dict[str, Runner], work: list[Job], rounds: int) -> None:
 
 
 def row(job: Job, told: dict[str, float], peers: list[str]) -> str:
-    ours, floor = told.get(OURS), told["floor"]
+    ours, int8, floor = told.get(OURS), told.get(INT8), told["floor"]
     best = max((told[name] for name in peers if name in told), default=None)
     search = "greedy" if job.beam_size == 1 else f"beam {job.beam_size}"
     cells = [
         f"{job.sizes.layers}x{job.sizes.hidden_size}", str(job.threads), search, str(job.batch),
-        *(f"{told[name]:.0f}" if name in told else "failed" for name in [*peers, OURS]),
+        *(f"{told[name]:.0f}" if name in told else "failed" for name in [*peers, OURS, INT8]),
         f"{ours / best:.2f}" if ours and best else "",
+        f"{int8 / best:.2f}" if int8 and best else "",
         f"{floor:.0f}",
         f"{ours / floor:.0%}" if ours else "",
     ]

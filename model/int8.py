@@ -84,11 +84,11 @@ class Int8Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] -> [..., E]."""
-        return self.rows[tokens].float() * self.scale[tokens].unsqueeze(-1)
+        return self.rows[tokens] * self.scale[tokens].unsqueeze(-1)
 
     @torch.jit.export
     def whole(self) -> Tensor:
-        return self.rows.float() * self.scale.unsqueeze(1)
+        return self.rows * self.scale.unsqueeze(1)
 
 
 class Int8Projection(nn.Module):
@@ -121,12 +121,12 @@ class Int8Projection(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         q, scale = activations(x)
-        return functional.linear(q, self.weight.to(x.dtype)) * (scale * self.scale) + self.bias
+        return functional.linear(q, self.weight.to(q.dtype)) * (scale * self.scale) + self.bias
 
     @torch.jit.export
     def table(self, words: Tensor, native: bool) -> Tensor:
         """What each of the words [V, in] comes to, [V, out], in place of the weights."""
-        weight = self.weight.float() * self.scale.unsqueeze(1)
+        weight = self.weight * self.scale.unsqueeze(1)
         self.weight = torch.empty(0, dtype=torch.int8)
         y = functional.linear(words, weight, self.bias)
         return by_unit(y.t(), self.gates).t().contiguous() if native else y
@@ -136,7 +136,7 @@ class Int8Projection(nn.Module):
         if len(self.packed) > 0:
             return
         if not native:
-            self.weight = self.weight.float()
+            self.weight = self.weight.to(self.scale.dtype)
             return
         weight, scale, bias = self.weight, self.scale, self.bias
         if self.gates > 0:

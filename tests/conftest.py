@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ import pytest
 import torch
 from tiny_run import LETTERS, StraightRuns, Tiny
 
+from handler.decoding import native
+from model.native import NoCompiler, build
 from server.torchserve import ServerOptions, TorchServe
+from training.export import LIBRARIES
 from training.prepare import prepare
 from training.recipe import Recipe, load
 from training.run import Run
@@ -55,6 +59,17 @@ training:
   validate_every: 300
 export: {max_source_length: 64, max_target_length: 64}
 """
+
+
+@pytest.fixture(scope="session")
+def native_library() -> Path | None:
+    """The native operators, compiled and in use; None on a machine that has none."""
+    try:
+        library = build(LIBRARIES, native.library())
+    except NoCompiler as error:
+        warnings.warn(f"without native operators: {error}", stacklevel=1)
+        return None
+    return library if native.enable(LIBRARIES) else None
 
 
 def digits(count: int, seed: int) -> list[str]:

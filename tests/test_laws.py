@@ -18,6 +18,7 @@ from test_model import KINDS, VOCABULARY, build, read
 from handler.decoding import DecodingOptions, Engine
 from handler.decoding.model import load, packed
 from handler.decoding.rows import Rows
+from model.quantized import quantized
 from model.serving import scripted
 
 CPU = torch.device("cpu")
@@ -31,16 +32,24 @@ class Forms:
 
 
 @pytest.fixture(scope="module", params=[*KINDS, "ensemble", "mixed ensemble"])
-def forms(request, tmp_path_factory):
-    """Eager, scripted and loaded in double; packed and loaded in single precision."""
+def forms(request, tmp_path_factory, native_library):
+    """Eager, scripted and loaded in double; packed and loaded in single precision; int8 weights
+    with torch's operators, in double, and with the native ones, to the last bit."""
     double, single = build(request.param), build(request.param).float()
-    paths = [tmp_path_factory.mktemp("model") / name for name in ("double.pt", "single.pt")]
-    for model, path in zip((double, single), paths):
+    exact = "ensemble" not in request.param and "additive" not in request.param  # torch's own sums
+    rounded = quantized(build(request.param))
+    rounded.pack(False, False)
+    written = {"double": double, "single": single, "int8": quantized(single)}
+    loaded = {}
+    for name, model in written.items():
+        path = tmp_path_factory.mktemp("model") / f"{name}.pt"
         scripted(model).save(str(path))
-    loaded = [load(str(path), CPU) for path in paths]
+        loaded[name] = load(str(path), CPU)
     return [
-        Forms([double, scripted(double), loaded[0]], 1e-8),
-        Forms([packed(single, CPU), loaded[1]], 1e-2),
+        Forms([double, scripted(double), loaded["double"]], 1e-8),
+        Forms([packed(single, CPU), loaded["single"]], 1e-2),
+        Forms([rounded], 1e-8),
+        *([Forms([loaded["int8"]], 0.0 if exact else 1e-2)] if native_library else []),
     ]
 
 

@@ -2,18 +2,23 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.peers.job import Job, Sizes, serve
-from handler.decoding import DecodingOptions, Engine, decode_in_order
+from handler.decoding import DecodingOptions, Engine, decode_in_order, native
 from handler.decoding.model import load
 from model import ModelOptions, Network, ServingModel
+from model.native import build
+from model.quantized import quantized
 from model.serving import scripted
+from training.export import LIBRARIES
 
 
 class Ours:
     system = "ours"
+    int8 = False
 
     def __init__(self, sizes: Sizes) -> None:
         options = ModelOptions(
@@ -26,10 +31,13 @@ class Ours:
             attention_size=sizes.hidden_size,
         )
         network = Network(options, sizes.vocabulary, sizes.vocabulary)
-        model = scripted(ServingModel(network, max_source_length=256, max_target_length=256))
+        model: Any = ServingModel(network, max_source_length=256, max_target_length=256)
+        if self.int8:
+            model = quantized(model)
+            native.enable(build(LIBRARIES, native.library()).parent)
         with tempfile.TemporaryDirectory() as folder:  # loaded as the handler loads it
             path = Path(folder) / "model.pt"
-            model.save(str(path))
+            scripted(model).save(str(path))
             self.model = load(str(path), torch.device("cpu"))
         self.network = (
             f"bidirectional encoder {sizes.layers} x {sizes.hidden_size // 2} each way, learned "
