@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -35,10 +36,11 @@ from server.options import CONFIG
 from server.torchserve import TorchServe
 from training.archive import archive
 from training.evaluate import best_model
-from training.export import export
+from training.export import export, library
 from training.lines import translations
 from training.run import Run
 from training.train import tokenizers
+from training.translate import translate as translate_text
 
 CPU = torch.device("cpu")
 
@@ -480,6 +482,30 @@ def test_two_versions_are_served_side_by_side(toy, tmp_path):
         assert call(server, f"{PREDICT}/2.0", long).error == (413, "TextTooLong")
         for version in (first, "2.0"):
             assert call(server, f"{PREDICT}/{version}/card").json["version"] == version
+
+
+def test_int8_weights_are_served_like_any_other(toy, native_library, tmp_path):
+    """Streams, beams and options that need all logits, at once: what the same archive gives
+    offline."""
+    recipe = dataclasses.replace(
+        toy.recipe, export=dataclasses.replace(toy.recipe.export, weights="int8")
+    )
+    run = Run(shutil.copytree(toy.run.root, tmp_path / "run"))
+    export(recipe, run)
+    assert run.model.stat().st_size < 0.6 * toy.run.model.stat().st_size  # code and card included
+    built = archive(recipe, run, tmp_path / "store")
+    with zipfile.ZipFile(built) as content:
+        held = [name for name in content.namelist() if name.endswith(".so")]
+        assert held == ([library(run).name] if native_library else [])
+    texts = spoken(12, seed=5)
+    out = io.StringIO()
+    translate_text(recipe, run, io.BytesIO("\n".join(texts).encode()), out)
+    with TorchServe(options(tmp_path / "store")) as server:
+        assert call(server, PREDICT, {"text": texts}).texts == out.getvalue().splitlines()
+        assert call(server, f"{PREDICT}/{toy.recipe.export.version}/card").json["weights"] == "int8"
+        for asked in ({"beam_size": 4}, {"repetition_penalty": 1.2}, {"min_length": 3}):
+            alone = [call(server, PREDICT, {"text": one, **asked}).texts[0] for one in texts]
+            assert call(server, PREDICT, {"text": texts, **asked}).texts == alone
 
 
 # The command line
