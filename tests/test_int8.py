@@ -1,6 +1,8 @@
 """int8 weights: rounding and layout by hand, torch's way against whole numbers, and the native
 operators against torch's way, on every kind of processor that this one can pass for."""
 
+import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from handler.decoding import native
 from handler.decoding.model import load, packed
 from model.int8 import Int8Embedding, Int8Projection, activations, by_unit, rounded
 from model.native import NoCompiler
+from model.native.build import COMMON, FLAGS, SOURCES
 from model.native.build import build as compiled
 from model.quantized import quantized
 from model.serving import scripted
@@ -214,3 +217,24 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path: Path) -> N
     with pytest.raises(NoCompiler, match=r"no C\+\+ compiler|no kernels for"):
         compiled(tmp_path, native.library())
     assert not list(tmp_path.iterdir())
+
+
+def test_no_kernel_reaches_beyond_its_buffers(native_library, tmp_path: Path) -> None:
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, without torch."""
+    compiler = shutil.which("g++")
+    if native_library is None or compiler is None:
+        pytest.skip("no g++ for x86-64 on this machine")
+    checked = [*COMMON, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    objects = []
+    for name in ("avx2", "avx512", "amx", "dispatch"):
+        objects.append(str(tmp_path / f"{name}.o"))
+        subprocess.run(
+            [compiler, *checked, *FLAGS[name], "-c", str(SOURCES / f"{name}.cpp"), "-o",
+             objects[-1]], check=True,
+        )  # fmt: skip
+    program = tmp_path / "check"
+    source = Path(__file__).with_name("native_check.cpp")
+    subprocess.run([compiler, *checked, str(source), *objects, "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "avx2: 0" in done.stdout

@@ -1,0 +1,83 @@
+// Every kernel on random shapes, in buffers of exactly the size that it may touch: built with
+// sanitizers by tests/test_int8.py, which wants the exit code 0.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../model/native/kernels.h"
+
+using namespace seq2serve;
+
+uint32_t seed = 7;
+int draw(int most) { return static_cast<int>((seed = seed * 1664525u + 1013904223u) >> 16) % most; }
+
+std::vector<float> floats(size_t count) {
+  std::vector<float> all(count);
+  for (auto& one : all) one = static_cast<float>(draw(2001) - 1000) / 500.0f;
+  return all;
+}
+
+int check(const Kernels& kernels) {
+  for (int round = 0; round < 60; ++round) {
+    const int rows = 1 + draw(35), size = 1 + draw(70), inputs = 1 + draw(150);
+    const int groups = (size + 15) / 16, depth = (inputs + DEPTH - 1) / DEPTH * DEPTH;
+    std::vector<int8_t> packed(static_cast<size_t>(groups) * WIDTH * depth);
+    for (auto& one : packed) one = static_cast<int8_t>(draw(255) - 127);
+    std::vector<int32_t> compensation(groups * WIDTH, 5);
+    const auto scale = floats(groups * WIDTH), bias = floats(groups * WIDTH);
+    const Weights w{packed.data(), compensation.data(), scale.data(), bias.data(), groups, depth};
+    const auto x = floats(static_cast<size_t>(rows) * inputs);
+    std::vector<uint8_t> bytes(static_cast<size_t>(rows) * depth);
+    std::vector<float> scales(rows);
+    const int first = inputs / 3;
+    for (int r = 0; r < rows; ++r)
+      scales[r] = kernels.quantise(
+          {x.data() + r * inputs, first, x.data() + r * inputs + first, inputs - first},
+          bytes.data() + static_cast<size_t>(r) * depth, depth);
+    const Quantized q{bytes.data(), scales.data(), rows};
+
+    std::vector<float> c = floats(rows * size), h(rows * size), next(rows * size);
+    std::vector<CellRow> row(rows);
+    for (int r = 0; r < rows; ++r)
+      row[r] = {bias.data(), c.data() + r * size, h.data() + r * size, next.data() + r * size};
+    const int outputs = groups * WIDTH - draw(WIDTH), count = 1 + draw(12);
+    std::vector<float> y(static_cast<size_t>(rows) * outputs), maxima(rows * groups),
+        sums(rows * groups), values(rows * count, -std::numeric_limits<float>::infinity());
+    std::vector<int64_t> tokens(rows * count);
+    const Best best{count, values.data(), tokens.data(), maxima.data(), sums.data()};
+    for (int group = 0; group < groups; ++group) {
+      kernels.cell(q, w, group, size, row.data());
+      kernels.linear(q, w, group, outputs, round % 2 == 0, y.data());
+      kernels.best(q, w, group, best);
+    }
+    for (int r = 0; r < rows; ++r) {
+      const float total = kernels.normaliser(&maxima[r * groups], &sums[r * groups], groups);
+      if (!(total >= values[r * count]) || std::isnan(h[r * size])) return 1;
+    }
+
+    const int steps = 1 + draw(40), heads = 1 + draw(3), head = 1 + draw(40);
+    const auto query = floats(heads * head), keys = floats(static_cast<size_t>(steps) * heads * head);
+    std::unique_ptr<bool[]> mask(new bool[steps]);
+    for (int s = 0; s < steps; ++s) mask[s] = s == 0 || s < steps / 2;
+    std::vector<float> scratch(steps), context(heads * head), weights(steps);
+    kernels.attend(query.data(), keys.data(), keys.data(), mask.get(), steps, heads, head,
+                   scratch.data(), context.data(), weights.data());
+    float sum = 0;
+    for (float one : weights) sum += one;
+    if (std::fabs(sum - 1) > 1e-4f) return 2;
+  }
+  return 0;
+}
+
+int main() {
+  for (const char* name : {"avx2", "avx512", "amx"}) {
+    const Kernels* one = kernels(name);
+    if (one == nullptr) continue;
+    const int wrong = check(*one);
+    std::printf("%s: %d\n", name, wrong);
+    if (wrong) return wrong;
+  }
+  return 0;
+}
