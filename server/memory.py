@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from server.cgroup import OWN, ROOT, settings
 from server.errors import ServerError
 
 MIB = 1 << 20
@@ -53,28 +54,15 @@ def heap_size(limit: int | None, archive: int) -> int:
     return min(heap, HEAP)
 
 
-def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> (
-    int | None
-):
-    """Return the bytes that this process' control group may use, None for as many as there are.
+def memory_limit(root: Path = ROOT, own: Path = OWN) -> int | None:
+    """Return the bytes that this process' control groups may use, None for as many as there are.
 
     Version 2 tells them in memory.max ("max" for none), version 1 in memory.limit_in_bytes (a
-    number near 2^63 for none); a limit of any group above holds too. A container sees its own group
-    either as the root or by the path that `own` names.
+    number near 2^63 for none).
     """
     limits = []
-    with contextlib.suppress(OSError):
-        for line in own.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            place, name = (
-                (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-            )
-            parts = [one for one in path.split("/") if one not in ("", "..")]
-            for depth in range(len(parts) + 1):
-                with contextlib.suppress(OSError, ValueError):
-                    text = place.joinpath(*parts[:depth], name).read_text(encoding="utf-8")
-                    limits.append(int(text))
+    for text in settings("memory", "memory.max", "memory.limit_in_bytes", root, own):
+        with contextlib.suppress(ValueError):
+            limits.append(int(text))
     limit = min(limits, default=1 << 62)
     return limit if limit < 1 << 60 else None
