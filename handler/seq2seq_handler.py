@@ -9,8 +9,10 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from http import HTTPStatus
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from handler.decoding import Engine
 from handler.decoding.model import load
 from handler.fields import read
 from handler.integrity import verify_digests
+from handler.logs import set_up
 from handler.reporting import Calls, report
 from handler.request import Refusal, door_of
 from handler.service import Incoming, Reply, Service, ServiceOptions
@@ -43,10 +46,13 @@ class Seq2SeqHandler:
             IntegrityError, ValueError, RuntimeError: the archive, its configuration or the device
                 is not as it should be; TorchServe then never reports the worker ready.
         """
+        set_up()
         self.tokens = Tokens.named()
         show_devices()
         folder = Path(ctx.system_properties["model_dir"])
+        times = [time.perf_counter()]
         verify_digests(folder)
+        times.append(time.perf_counter())
         config = ctx.model_yaml_config or {}
         options = read(ServiceOptions, config.get("handler") or {}, "handler")
         gpu = ctx.system_properties.get("gpu_id")
@@ -60,7 +66,7 @@ class Seq2SeqHandler:
             )
         torch.set_num_threads(options.threads or max(1, usable_cpus() - 1))
         described = ctx.manifest["model"]
-        model = load(str(folder / described["serializedFile"]), device)
+        model = load(str(folder / described["serializedFile"]), device, options.weights)
         source, target = (Tokenizer(folder / f"{side}.model") for side in ("source", "target"))
         sizes = (source.size, target.size)
         if sizes != (model.source_vocabulary, model.target_vocabulary):
@@ -77,15 +83,18 @@ class Seq2SeqHandler:
             described["modelVersion"],
             options,
         )
+        times.append(time.perf_counter())
         self.service.warm_up()
-        quieten()
+        times.append(time.perf_counter())
         self.calls = Calls()
         threading.Thread(
             target=report, args=(self.service, self.calls, ctx.metrics), daemon=True
         ).start()
         largest = self.service.engine.largest_memory() / 1e6
         logger.info(
-            "ready on %s with %d rows: at most %.0f MB for decoding", device, options.rows, largest
+            "ready on %s with %d rows: at most %.0f MB for decoding; "
+            "digests %.2f s, model %.2f s, warm-up %.2f s",
+            device, options.rows, largest, *(b - a for a, b in pairwise(times)),
         )
 
     def handle(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
@@ -167,13 +176,3 @@ def headers(ctx: Any, i: int, name: str) -> list[str]:
 def header(ctx: Any, i: int, name: str) -> str:
     """The first of them, empty where there is none."""
     return next(iter(headers(ctx, i, name)), "")
-
-
-def quieten() -> None:
-    """Drop the two lines that TorchServe logs at every call, and the traceback at a body that it
-    cannot decode: the worker's standard output is its control channel, parsed line by line, and
-    neither calls nor clients shall fill it."""
-    dropped = ("Backend received", "Failed json decoding", "Failed utf-8 decoding")
-    logging.getLogger().addFilter(lambda r: not str(r.msg).startswith(dropped))
-    metrics = logging.getLogger("ts.metrics.caching_metric")
-    metrics.addFilter(lambda r: "PredictionTime" not in r.getMessage())

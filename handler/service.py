@@ -16,6 +16,7 @@ from typing import Literal
 from handler.answer import Narrator, Part, Stream, event, prefixed
 from handler.decoding import Engine, Event
 from handler.decoding.engine import failed
+from handler.decoding.model import Weights
 from handler.decoding.options import DecodingOptions
 from handler.doors import Door, Native
 from handler.metrics import STEP_BUCKETS, WAIT_BUCKETS, Metrics
@@ -54,6 +55,7 @@ class ServiceOptions:
     threads: of torch on a CPU; null for one for each CPU this process may use but one, which is
         left to the frontend: threads that wait for a core they share stall every product.
     require_gpu: refuse to start on a CPU, where falling back would go unnoticed.
+    weights: number format on a GPU; null for the one of the export.
     """
 
     rows: int = field(default=64, metadata={"minimum": 1, "maximum": 65536})
@@ -64,6 +66,7 @@ class ServiceOptions:
     max_response_bytes: int = field(default=6_000_000, metadata={"minimum": 1000})
     threads: int | None = field(default=None, metadata={"minimum": 1})
     require_gpu: bool = False
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)

@@ -144,8 +144,9 @@ class ServingModel(nn.Module):
             state: 2L tensors [N*K, H]; memory: of the N sentences, shared by their K hypotheses.
 
         Returns:
-            Logits of the next token, float [N, K, V]; the new state; the attention that made
-            them, float [N, K, S], where S is 0 for a model without.
+            Logits of the next token, float [N, K, V], in float32 also where the weights are in
+            half precision; the new state; the attention that made them, float [N, K, S], where S
+            is 0 for a model without.
         """
         n, k = previous.size(0), previous.size(1)
         layers = len(state) // 2
@@ -161,7 +162,10 @@ class ServingModel(nn.Module):
         if self.readout is not None:
             keys, values, mask = memory.attended[0], memory.attended[1], memory.attended[2]
             x, weights = self.readout(x, k, keys, values, mask)
-        return self.generator(x).view(n, k, -1), hs + cs, weights
+        logits = self.generator(x).view(n, k, -1)
+        if logits.element_size() < 4:  # log probabilities are summed up in float32
+            logits = logits.float()
+        return logits, hs + cs, weights
 
     @torch.jit.export
     def pack(self, native: bool, onednn: bool) -> None:

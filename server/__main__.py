@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, MODEL, translate
 from server.errors import ServerError
-from server.supervisor import add_flags, options_of, supervise
+from server.supervisor import add_flags, add_verbose, options_of, supervise
 from server.torchserve import ServerOptions, TorchServe
 
 # Of `translate`: a variable, because every user of the machine sees the arguments of a command.
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--free-ports", action="store_true", help="choose every port that is not given"
     )
-    serve.add_argument("--verbose", action="store_true", help="show all that TorchServe logs")
+    add_verbose(serve, os.environ)
 
     first = commands.add_parser(
         "supervise", help="run the server as a container's first process, for Kubernetes"

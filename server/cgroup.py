@@ -19,7 +19,7 @@ def settings(
     A container sees its own group either as the root or by the path that `own` names.
 
     Args:
-        controller: such as "memory"; version 1 has a tree of groups for each, version 2 one for all.
+        controller: such as "memory"; version 1 has a tree of groups for each, version 2 one tree.
         name_v1: the file's name in version 1; "" not to look there.
     """
     with contextlib.suppress(OSError):

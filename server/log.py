@@ -1,6 +1,8 @@
 """Read what TorchServe writes: keep the end of it, show it, and find why a start failed.
 
-The format of the lines is that of server/log4j2.xml.
+The format of the lines is that of server/log4j2.xml. TorchServe logs all that a worker writes as
+INFO; the worker tells the level of each line before it (handler/logs.py), and here it takes its
+place.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ _KEPT_LINES = 500
 _REASON_CHARACTERS = 600
 _PREFIX = r"^[\d:,T-]{19,} +[A-Z]+ +\S+ - "
 _WORKER = " MODEL_LOG - "
+_LEVELLED = re.compile(
+    rf"^(\S+) +[A-Z]+ +{_WORKER.strip()} (DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: |$)"
+)
+# The names of log4j where they are others.
+_LEVELS = {"WARNING": "WARN", "CRITICAL": "FATAL"}
 _FRAME = ("\tat ", "\t... ")
 # TorchServe 0.12 logs this for whatever ended a worker, a handler's exception or a kill -9 alike.
 _WORKER_DIED = "WorkerThread - Retry worker:"
@@ -76,7 +83,7 @@ class ServerLog:
 
     def _follow(self) -> None:
         for text in self._stream:
-            line = text.rstrip()
+            line = with_level(text.rstrip())
             if _NOISE.search(line):
                 continue
             if _WORKER_DIED in line:
@@ -91,6 +98,15 @@ def _print(line: str) -> None:
     # Whatever became of standard error, the server's output must be read on, or it stands still.
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
+
+
+def with_level(line: str) -> str:
+    """Return a line at the level that the worker gave it."""
+    found = _LEVELLED.match(line)
+    if found is None:
+        return line
+    time, level = found.groups()
+    return f"{time} {_LEVELS.get(level, level):<5}{_WORKER}{line[found.end():]}"
 
 
 def load_failure(lines: Sequence[str]) -> str:

@@ -10,6 +10,8 @@ from server.errors import ServerError
 
 CONFIG = Path(__file__).resolve().parent.parent / "config.properties"
 LOOPBACK = "127.0.0.1"
+# "true" shows all that is logged, as --verbose does; handler/logs.py reads it too.
+VERBOSE = "SEQ2SERVE_VERBOSE"
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class ServerOptions:
     metrics_host: str = LOOPBACK
     worker_port: int = 0
     config: Path = CONFIG
+    # Show all that TorchServe and the worker log.
     verbose: bool = False
     # Where the server's temporary directory is made; None: where the system makes such.
     state_dir: Path | None = None
@@ -35,6 +38,8 @@ class ServerOptions:
     sha256: str = ""
     # Refuse an archive of which no digest is known.
     require_digest: bool = False
+    # Where Java writes the names of the classes it loads, for server/classes.py alone.
+    record_classes: Path | None = None
 
     @classmethod
     def on_free_ports(cls, model_store: Path) -> ServerOptions:

@@ -45,7 +45,7 @@ from pathlib import Path
 
 from server.errors import ServerError
 from server.health import PROMETHEUS, TEXT, HealthServer, Metric, Page, prometheus
-from server.options import CONFIG, ServerOptions
+from server.options import CONFIG, VERBOSE, ServerOptions
 from server.ports import unsent
 from server.torchserve import TorchServe
 from server.watch import Watch
@@ -110,6 +110,22 @@ def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -
         parser.add_argument(
             f"--{flag}", type=kind, default=default, help=f"{explained} ({variable}; %(default)s)"
         )
+    add_verbose(parser, environment)
+
+
+def add_verbose(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -> None:
+    """Give `parser` the one switch of the log."""
+    default = environment.get(VERBOSE, "false")
+    parser.add_argument(
+        "--verbose", type=_switch, nargs="?", const=True, default=default, metavar="true|false",
+        help=f"show all that is logged ({VERBOSE}; {default})",
+    )
+
+
+def _switch(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: true or false")
+    return text == "true"
 
 
 def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
@@ -124,6 +140,7 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
             metrics_port=arguments.metrics_port,
             sha256=arguments.sha256,
             config=arguments.config,
+            verbose=arguments.verbose,
             require_digest=True,
         ),
         health_port=arguments.health_port,

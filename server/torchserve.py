@@ -22,12 +22,14 @@ from types import TracebackType
 from typing import Any
 
 from server.archive import check_archive, unpacked_size
+from server.cpus import frontend_cpus
 from server.devices import device_environment
 from server.errors import ServerError
 from server.java import find_java
+from server.jvm import classes_file, jvm_flags
 from server.log import ServerLog, exit_reason, load_failure
 from server.memory import heap_size, memory_limit
-from server.options import LOOPBACK, ServerOptions, check_config
+from server.options import LOOPBACK, VERBOSE, ServerOptions, check_config
 from server.ports import choose_ports
 from server.process import GONE_SECONDS, STOP_SECONDS, end_group, private_directory
 
@@ -61,6 +63,7 @@ class TorchServe:
         # SHA-256 of each model's archive, of those that have a digest to check.
         self.digests: dict[str, str] = {}
         self.heap = 0  # MiB that Java was given
+        self.cpus = frontend_cpus()  # of Java
 
     def __enter__(self) -> TorchServe:
         try:
@@ -114,7 +117,7 @@ class TorchServe:
         archives = (options.model_store / model.split("=")[1] for model in options.models)
         self.heap = heap_size(memory_limit(), sum(map(unpacked_size, archives)))
         java = find_java()
-        home = _torchserve_home()
+        home = torchserve_home()
         self._ports = choose_ports(
             {
                 "inference": (options.host, options.port),
@@ -132,9 +135,10 @@ class TorchServe:
             f"-Djava.io.tmpdir={self._directory}",
             f"-Dlog4j.configurationFile={LOGGING.as_uri()}",
             f"-Dseq2serve.log={'info' if options.verbose else 'warn'}",
-            f"-Xmx{self.heap}m",
-            "-XX:+ExitOnOutOfMemoryError",
-            *("-cp", f"{home}/ts/frontend/*"),
+            *jvm_flags(
+                self.heap, self.cpus, classes_file(java.version), options.record_classes
+            ),
+            *("-cp", class_path(home)),
             "org.pytorch.serve.ModelServer",
             *("--python", sys.executable),
             *("-f", str(options.config.resolve())),
@@ -234,6 +238,8 @@ class TorchServe:
             "TS_GRPC_INFERENCE_PORT": str(ports["grpc inference"]),
             "TS_GRPC_MANAGEMENT_PORT": str(ports["grpc management"]),
             "TS_INITIAL_WORKER_PORT": str(ports["worker"]),
+            "TS_NUMBER_OF_NETTY_THREADS": str(self.cpus),
+            VERBOSE: "true" if options.verbose else "false",
         }
 
     def described(self, name: str, timeout: float = REQUEST_SECONDS) -> list[dict[str, Any]]:
@@ -315,7 +321,12 @@ def _reachable(host: str) -> str:
     return LOOPBACK if host == "0.0.0.0" else host
 
 
-def _torchserve_home() -> Path:
+def class_path(home: Path) -> str:
+    """Return TorchServe's jars, as Java takes them."""
+    return f"{home}/ts/frontend/*"
+
+
+def torchserve_home() -> Path:
     """Return the directory that holds the package `ts`, without importing it."""
     spec = find_spec("ts")
     for place in spec.submodule_search_locations or [] if spec else []:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from handler import seq2seq_handler
 from handler.fields import FieldError
 from handler.integrity import DIGESTS, IntegrityError, write_digests
+from handler.logs import Levelled
 from handler.seq2seq_handler import Seq2SeqHandler
 from training.recipe import TokenizerOptions
 from training.tokenizer import learn
@@ -347,6 +349,21 @@ def test_no_client_can_fill_the_log(unpacked, caplog):
             logging.warning(f"Failed {what} decoding of input data. Forwarding encoded payload")
         logging.warning("something else")
     assert caplog.messages == ["Failed json decoding", "Failed utf-8 decoding", "something else"]
+
+
+def test_each_line_tells_its_level_but_what_the_frontend_reads():
+    def formatted(message, **more):
+        record = logging.makeLogRecord({"msg": message, "levelname": "WARNING", **more})
+        return Levelled().format(record)
+
+    try:
+        raise ValueError("of two\nlines")
+    except ValueError:
+        lines = formatted("it failed", exc_info=sys.exc_info()).split("\n")
+    assert lines[:2] == ["WARNING it failed", "WARNING Traceback (most recent call last):"]
+    assert lines[-2:] == ["WARNING ValueError: of two", "WARNING lines"]
+    metric = "[METRICS]rows.Count:1|#type:GAUGE"
+    assert formatted(metric) == metric
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-def pack(store: Path, name: str, handler: str) -> None:
+def pack(store: Path, name: str, handler: str, *extra: Path) -> None:
     source = store / f"{name}_handler.py"
     source.write_text(handler)
     subprocess.run(
@@ -86,6 +86,7 @@ def pack(store: Path, name: str, handler: str) -> None:
             *(sys.executable, "-c", ARCHIVER),
             *("--model-name", name, "--version", "1.0", "--handler", str(source)),
             *("--export-path", str(store)),
+            *(("--extra-files", ",".join(map(str, extra))) if extra else ()),
         ],
         check=True,
         timeout=GUARD_SECONDS,
@@ -427,9 +428,12 @@ def test_missing_file_in_handler_is_reported(store: Path) -> None:
         pytest.fail("is not ready")
 
 
-def serve(store: Path) -> subprocess.Popen[str]:
+def serve(store: Path, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "server", "serve", "--free-ports", "--model-store", str(store)],
+        [
+            *(sys.executable, "-m", "server", "serve", "--free-ports"),
+            *("--model-store", str(store), *flags),
+        ],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -458,11 +462,14 @@ def test_serve_stops_on_signals(
     with serve(store) as process:
         read_until(process, stage)
         (java,) = psutil.Process(process.pid).children()
+        assert process.stderr is not None
+        # What is on its way at the end may not be shown any more.
+        shown = [process.stderr.readline() for _ in said]
         process.send_signal(number)
         out, err = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == status
     # What a handler says is shown; what TorchServe says at every start and stop is not.
-    assert [line.split(" - ")[1] for line in err.splitlines()] == said
+    assert [line.rstrip().split(" - ")[1] for line in [*shown, *err.splitlines()]] == said
     assert out.endswith("stopped\n")
     assert group_members(java.pid) == []
 
