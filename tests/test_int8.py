@@ -3,6 +3,7 @@ operators against torch's way, on every kind of processor that this one can pass
 
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -168,6 +169,34 @@ def test_the_native_model_gives_what_torch_gives(kernels: str, kind: str, tmp_pa
     torch.testing.assert_close(shares, paid, rtol=0, atol=1e-2)
     exact, _ = read(packed(single, CPU), source, lengths, choices)
     assert (got[able] - exact[able]).abs().mean() < 0.1 * exact[able].abs().mean()
+
+
+def test_the_operators_may_come_after_a_model_that_did_without(
+    native_library, tmp_path: Path
+) -> None:
+    """In a process of its own: a library stays."""
+    if native_library is None:
+        pytest.skip("no native operators on this machine")
+    path = tmp_path / "model.pt"
+    native.declare(native.SCHEMAS)
+    scripted(quantized(build("attention").float())).save(str(path))
+    program = f"""
+import shutil, sys, torch
+from handler.decoding import native
+from handler.decoding.model import load
+cpu = torch.device("cpu")
+load({str(path)!r}, cpu)
+assert not native.enabled()
+shutil.copy({str(native_library)!r}, {str(tmp_path)!r})
+load({str(path)!r}, cpu).save({str(tmp_path / "again.pt")!r})
+print(native.enabled())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == native.enabled()
 
 
 def test_what_does_not_fit_is_refused_before_memory_is_touched(kernels: str) -> None:

@@ -12,8 +12,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# As model/native/operators.cpp declares them. Where there is no library a model that names them
-# has to load, and never calls them.
+# Of what model/native/operators.cpp implements. Where there is no library a model that names them
+# has to load, and never calls them. They are never taken back: functions that TorchScript has
+# compiled hold on to them.
 SCHEMAS = {
     "seq2serve::use": "(str name) -> str",
     "seq2serve::cell": "(Tensor x, Tensor tokens, Tensor table, Tensor h, Tensor c, "
@@ -51,8 +52,7 @@ def enable(folder: Path) -> str:
     path = folder / library()
     if _kernels or not path.exists():
         return _kernels
-    if "seq2serve" in _declared:
-        _declared.pop("seq2serve")._destroy()
+    declare(SCHEMAS)
     try:
         torch.ops.load_library(str(path))
         _kernels = torch.ops.seq2serve.use("")

@@ -299,15 +299,13 @@ std::tuple<Tensor, Tensor, Tensor> layer(const Tensor& added, const Tensor& toke
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(seq2serve, m) {
-  m.def("use(str name) -> str", use);
-  m.def("cell(Tensor x, Tensor tokens, Tensor table, Tensor h, Tensor c, Tensor[] packed)"
-        " -> (Tensor, Tensor)", cell);
-  m.def("linear(Tensor x, Tensor more, Tensor[] packed, int size, bool tanh) -> Tensor", linear);
-  m.def("best(Tensor x, Tensor[] packed, int count, bool normalised) -> (Tensor, Tensor, Tensor)",
-        best);
-  m.def("attend(Tensor query, Tensor keys, Tensor values, Tensor mask, int heads)"
-        " -> (Tensor, Tensor)", attend);
-  m.def("layer(Tensor added, Tensor tokens, Tensor table, Tensor lengths, Tensor[] packed, int size,"
-        " bool backwards) -> (Tensor, Tensor, Tensor)", layer);
+// Their schemas are declared by handler/decoding/native.py, which a process without this library
+// needs as well. `use` has no tensor whose device could choose.
+TORCH_LIBRARY_IMPL(seq2serve, CompositeExplicitAutograd, m) {
+  m.impl("use", use);
+  m.impl("cell", cell);
+  m.impl("linear", linear);
+  m.impl("best", best);
+  m.impl("attend", attend);
+  m.impl("layer", layer);
 }
