@@ -10,11 +10,16 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from bench.serving import percentile
 from server.options import LOOPBACK
 
 CONNECTIONS = 512  # at most; further requests wait for one that is free
 DRAIN_SECONDS = 30.0  # after the last request was due; what is unanswered then has failed
+
+
+def percentile(values: list[float], p: int) -> float:
+    """The smallest value that at least p % of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, -(-len(ordered) * p // 100) - 1)]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 Three systems serve the model of STORE/seq2seq.mar: the archive as it is; the same archive with
 TorchServe's dynamic batching (bench/dynamic_batching.py); and LitServe with model.pt and a plain
-loop (bench/litserve_server.py), where PYTHON, of an environment of its own, has litserve, torch and
+loop (bench/plain_server.py), where PYTHON, of an environment of its own, has litserve, torch and
 sentencepiece. Requests of one sentence each, drawn from SOURCE, arrive at random (Poisson) whether
 earlier ones are answered or not. Latency counts from when a request was due, so that a client that
 is held up hides nothing. A request that fails is later than any other.
@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from bench.load import Load, Outcome, generated, pin
+from bench.load import Load, Outcome, generated, percentile, pin
 from bench.machine import described
-from bench.serving import percentile
-from bench.systems import System, ask, dynamic, litserve, torchserve
+from bench.systems import System, ask, dynamic, plain, torchserve
 
 LOADS = (0.5, 0.8, 0.95)
 TUNED_AT = 0.8  # of our capacity: where the peers' batch size and delay are chosen
@@ -221,7 +220,9 @@ def main() -> None:
         rate = TUNED_AT * bench.measure(ours, clients=a.clients).capacity
         makers = [lambda size, delay: dynamic(archive, size, delay)]
         if a.litserve is not None:
-            makers.append(lambda size, delay: litserve(a.litserve, archive, a.beam, size, delay))
+            makers.append(
+                lambda size, delay: plain("litserve", a.litserve, archive, a.beam, size, delay)
+            )
         systems = [ours]
         for make in makers:
             systems.append(stack.enter_context(tuned(bench, make, a.batches, rate)))

@@ -1,127 +1,118 @@
 """Requests a second and latency through TorchServe, against the same engine without a server.
 
-    python -m bench.serving STORE SOURCE
+    python -m bench.serving STORE SOURCE [--int8 STORE] [--peers PYTHON]
 
 Closed loop: each client sends one sentence, waits for the answer, sends the next, over a
 connection that it keeps. Clients and server share this machine, as the line above the table says.
-The peer is the engine of the same archive in this process, one sentence at a time: what decoding
-alone costs.
+Decoding alone is the engine of an archive in this process, one sentence at a time, with as many
+threads as a worker has. --int8 names the store of the same model with int8 weights; with --peers
+its float32 form is served by bench/plain_server.py as well, by LitServe and by FastAPI, where
+PYTHON is of an environment with litserve, torch and sentencepiece. All take turns.
 """
 
 import argparse
-import http.client
-import itertools
-import json
 import statistics
 import sys
 import tempfile
-import threading
 import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 
+from bench.load import Load, generated, percentile
 from bench.machine import described
+from bench.systems import plain, torchserve
 from handler.decoding import DecodingOptions, Engine, decode_in_order
 from handler.decoding.model import load
+from handler.seq2seq_handler import usable_cpus
 from handler.tokenizer import Tokenizer
-from server.torchserve import ServerOptions, TorchServe
 
-WARM_UP = 20  # requests
+Row = tuple[float, float, float]  # requests/s, p50 ms, p99 ms
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.serving", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("store", type=Path, help="folder of seq2seq.mar")
     parser.add_argument("source", type=Path, help="text to send, a sentence a line")
+    parser.add_argument("--int8", type=Path, help="folder of seq2seq.mar with int8 weights")
+    parser.add_argument("--peers", type=Path, metavar="PYTHON", help="that has litserve")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=1000, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is told")
-    arguments = parser.parse_args()
-    texts = [line for line in arguments.source.read_text("utf-8").split("\n") if line.strip()]
-    alone = decoded_alone(arguments.store / "seq2seq.mar", texts[:300])
+    a = parser.parse_args()
+    texts = [line for line in a.source.read_text("utf-8").split("\n") if line.strip()]
+    torch.set_num_threads(max(1, usable_cpus() - 1))
+    stores = {"": a.store} | ({", int8": a.int8} if a.int8 else {})
+    found: dict[tuple[str, int], list[Row]] = {}
+    with ExitStack() as stack:
+        pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+        alone = {form: Alone(store / "seq2seq.mar") for form, store in stores.items()}
+        systems = [
+            stack.enter_context(torchserve(f"TorchServe{form}", store))
+            for form, store in stores.items()
+        ]
+        if a.peers:
+            archive = a.store / "seq2seq.mar"
+            for name in ("litserve", "fastapi"):
+                systems.append(stack.enter_context(plain(name, a.peers, archive)))
+        for system in systems:
+            with system.awake():
+                pass  # and asleep until its turn
+        for number in range(a.rounds + 1):  # the first one warms up
+            rows = {(f"decoding alone{form}", 0): one.measured(texts, a.seconds)
+                    for form, one in alone.items()}  # fmt: skip
+            for clients in a.clients:
+                for system in systems:
+                    requests = [system.request(text, {}) for text in texts]
+                    asked = Load(system.port, requests, a.seconds, number, 0.0, clients)
+                    with system.awake():
+                        run = pool.submit(generated, asked).result()
+                    if run.failures:  # a benchmark of errors means nothing
+                        raise RuntimeError(f"{system.name}: {dict(run.failures)}")
+                    rows[system.name, clients] = (run.capacity, run.p(50), run.p(99))
+            if number:
+                for key, row in rows.items():
+                    found.setdefault(key, []).append(row)
     print(f"{described()}; `{' '.join(['python -m bench.serving', *sys.argv[1:]])}`\n")
     print("| | clients | requests/s | p50 ms | p99 ms | p50 / decoding alone |")
     print("|---|---|---|---|---|---|")
-    median = statistics.median(alone)
-    print(f"| decoding alone | | {1000 / statistics.mean(alone):.0f} | {median:.2f} "
-          f"| {percentile(alone, 99):.2f} | 1.0 |")
-    with TorchServe(ServerOptions.on_free_ports(arguments.store)) as server:
-        load_clients(server.url, texts, 4, WARM_UP)
-        for clients in arguments.clients:
-            rounds = [
-                load_clients(server.url, texts, clients, arguments.requests)
-                for _ in range(arguments.rounds)
-            ]
-            rate = statistics.median(len(ms) / seconds for seconds, ms in rounds)
-            p50, p99 = (
-                statistics.median(percentile(ms, p) for _, ms in rounds) for p in (50, 99)
+    for (name, clients), measured in found.items():
+        rate, p50, p99 = (statistics.median(column) for column in zip(*measured))
+        form = ", int8" if name.endswith("int8") else ""
+        own = found[f"decoding alone{form}", 0]
+        share = statistics.median(row[1] / other[1] for row, other in zip(measured, own))
+        print(f"| {name} | {clients or ''} | {rate:.0f} | {p50:.2f} | {p99:.2f} | {share:.2f} |")
+
+
+class Alone:
+    """An archive's engine in this process, without a server."""
+
+    def __init__(self, archive: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(archive) as content:
+            content.extractall(folder)
+            self.model = load(f"{folder}/model.pt", torch.device("cpu"))
+            self.source, self.target = (
+                Tokenizer(f"{folder}/{side}.model") for side in ("source", "target")
             )
-            print(f"| TorchServe | {clients} | {rate:.0f} | {p50:.2f} | {p99:.2f} "
-                  f"| {p50 / median:.1f} |", flush=True)
+        self.engine = Engine(self.model, rows=1)
 
-
-def percentile(values: list[float], p: int) -> float:
-    """The smallest value that at least p % of the values do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, -(-len(ordered) * p // 100) - 1)]
-
-
-def decoded_alone(archive: Path, texts: list[str]) -> list[float]:
-    """Milliseconds from text to text for each sentence, without a server."""
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(archive) as content:
-        content.extractall(folder)
-        model = load(f"{folder}/model.pt", torch.device("cpu"))
-        source, target = (Tokenizer(f"{folder}/{side}.model") for side in ("source", "target"))
-    engine = Engine(model, rows=1)
-    spent = []
-    for text in texts:
-        started = time.perf_counter()
-        tokens = [*source.encode(text), model.eos_id]
-        (event,) = decode_in_order(engine, [tokens], DecodingOptions())
-        target.decode(event.results[0].tokens)
-        spent.append(1000 * (time.perf_counter() - started))
-    return spent[WARM_UP:]
-
-
-def load_clients(
-    url: str, texts: list[str], clients: int, requests: int
-) -> tuple[float, list[float]]:
-    """Seconds for all `requests`, and milliseconds for each.
-
-    Raises:
-        RuntimeError: an answer other than 200; a benchmark of errors means nothing.
-    """
-    numbers = itertools.count()
-    spent: list[float] = []
-    failures: list[str] = []
-
-    def client() -> None:
-        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-        while (number := next(numbers)) < requests and not failures:
-            body = json.dumps({"text": texts[number % len(texts)]})
-            started = time.perf_counter()
-            connection.request(
-                "POST", "/predictions/seq2seq", body, {"Content-Type": "application/json"}
-            )
-            reply = connection.getresponse()
-            content = reply.read()
+    def measured(self, texts: list[str], seconds: float) -> Row:
+        """From text to text, one after the other."""
+        spent: list[float] = []
+        end = time.perf_counter() + seconds
+        while (started := time.perf_counter()) < end:
+            tokens = [*self.source.encode(texts[len(spent) % len(texts)]), self.model.eos_id]
+            (event,) = decode_in_order(self.engine, [tokens], DecodingOptions())
+            self.target.decode(event.results[0].tokens)
             spent.append(1000 * (time.perf_counter() - started))
-            if reply.status != 200:
-                failures.append(f"{reply.status}: {content[:200]!r}")
-        connection.close()
-
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise RuntimeError(failures[0])
-    return time.perf_counter() - started, spent
+        return 1000 / statistics.mean(spent), percentile(spent, 50), percentile(spent, 99)
 
 
 if __name__ == "__main__":

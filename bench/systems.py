@@ -1,4 +1,4 @@
-"""The servers that bench/open_loop.py compares, as context managers: up inside and gone after."""
+"""The servers that benchmarks compare, as context managers: up inside and gone after."""
 
 import http.client
 import json
@@ -68,10 +68,16 @@ def dynamic(archive: Path, size: int, delay: int) -> Iterator[System]:
 
 
 @contextmanager
-def litserve(python: Path, archive: Path, beam: int, size: int, delay: int) -> Iterator[System]:
-    """Raises RuntimeError where it does not come up, with what it wrote last."""
-    port = choose_ports({"litserve": (LOOPBACK, 0)})["litserve"]
-    script = Path(__file__).with_name("litserve_server.py").absolute()
+def plain(
+    server: str, python: Path, archive: Path, beam: int = 1, size: int = 1, delay: int = 0
+) -> Iterator[System]:
+    """A server of bench/plain_server.py.
+
+    Raises:
+        RuntimeError: it does not come up; with what it wrote last.
+    """
+    port = choose_ports({server: (LOOPBACK, 0)})[server]
+    script = Path(__file__).with_name("plain_server.py").absolute()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seq2serve-")))
@@ -80,7 +86,7 @@ def litserve(python: Path, archive: Path, beam: int, size: int, delay: int) -> I
                 content.extract(name, folder)
         log = stack.enter_context((folder / "log").open("w+", encoding="utf-8"))
         process = subprocess.Popen(
-            [str(python.absolute()), str(script), str(folder), "--port", str(port),
+            [str(python.absolute()), str(script), server, str(folder), "--port", str(port),
              "--batch", str(size), "--delay", str(delay), "--beam", str(beam),
              "--threads", str(usable_cpus())],
             cwd=folder, env=environment, stdout=log, stderr=log, text=True,
@@ -91,9 +97,9 @@ def litserve(python: Path, archive: Path, beam: int, size: int, delay: int) -> I
             while ask(port, "GET", "/health")[0] != 200:
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
-                    raise RuntimeError(f"LitServe did not come up: {log.read()[-2000:]}")
+                    raise RuntimeError(f"{server} did not come up: {log.read()[-2000:]}")
                 time.sleep(0.2)
-            yield System(f"LitServe {size}:{delay}", port, "/predict", process.pid)
+            yield System(f"{server} {size}:{delay}", port, "/predict", process.pid)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGCONT)

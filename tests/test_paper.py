@@ -10,7 +10,7 @@ from conftest import write_toy_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import paper
+from bench import ablation, paper
 from bench.paper import CHANGES, RECIPE
 from bench.paper_findings import (
     ENSEMBLE,
@@ -245,3 +245,35 @@ def test_text_is_needed_to_train_and_a_wrong_folder_is_named(
     monkeypatch.setattr("sys.argv", ["paper", "--runs", str(tmp_path), "--data", "nowhere"])
     assert paper.main() == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_ingredients_are_left_out_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_text(tmp_path, 300)
+    for name in ("validation", "test"):
+        for side in ("src", "tgt"):
+            path = tmp_path / f"{name}.{side}"
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    (tmp_path / "toy.yaml").write_text(TOY + "\n")
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(
+        "sys.argv",
+        ["ablation", str(tmp_path / "toy.yaml"), "--data", str(tmp_path), "--runs", str(runs),
+         "--set", "training.label_smoothing=0.1", "no_label_smoothing"],
+    )  # fmt: skip
+    assert ablation.main() == 0
+    first = capsys.readouterr().out
+    assert "| recipe |" in first
+    assert "| no_label_smoothing: `training.label_smoothing=0` |" in first
+    kept = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    assert ablation.main() == 0
+    assert capsys.readouterr().out == first
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_an_ingredient_that_is_not_known_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["ablation", "toy.yaml", "--data", ".", "salt"])
+    with pytest.raises(SystemExit):
+        ablation.main()
+    assert "NAME: got salt; allowed: recipe, no_average" in capsys.readouterr().err

@@ -1,18 +1,20 @@
-"""The peer outside TorchServe: model.pt behind LitServe's own batching.
+"""The peers outside TorchServe: model.pt behind LitServe's own batching, and behind FastAPI.
 
-    PYTHON litserve_server.py FOLDER --port 8000 --batch 64 --delay 20
+    PYTHON plain_server.py litserve FOLDER --port 8000 --batch 64 --delay 20
+    PYTHON plain_server.py fastapi FOLDER --port 8000
 
 What a user would write who has model.pt and the two tokenizers (FOLDER holds them, out of the
-archive) and neither our engine nor our handler: it imports torch, sentencepiece and litserve, and
-nothing of this repository. A batch is padded, decoded by one scripted loop until its last sentence
-has ended, and answered. `POST /predict {"text": "..."}` -> `{"translation": "..."}`.
+archive) and neither our engine nor our handler: it imports torch, sentencepiece and litserve, which
+brings FastAPI, and nothing of this repository. A batch is padded, decoded by one scripted loop
+until its last sentence has ended, and answered; FastAPI has batches of one, in its threads, one
+after the other. `POST /predict {"text": "..."}` -> `{"translation": "..."}`.
 """
 
 import argparse
+import threading
 from pathlib import Path
 from typing import Any
 
-import litserve  # type: ignore[import-not-found]
 import sentencepiece
 import torch
 from torch import Tensor, nn
@@ -93,33 +95,21 @@ class Search(nn.Module):
         return history[:, 0]
 
 
-class Translator(litserve.LitAPI):  # type: ignore[misc]
-    def __init__(self, folder: Path, beam: int, threads: int, size: int, delay: float) -> None:
-        super().__init__(max_batch_size=size, batch_timeout=delay / 1000)
-        self.folder = folder
-        self.beam = beam
-        self.threads = threads
+class Translator:
+    """From texts to texts, a batch at a time."""
 
-    def setup(self, device: str) -> None:
-        if self.threads:
-            torch.set_num_threads(self.threads)
+    def __init__(self, folder: Path, beam: int, device: str) -> None:
         self.device = device
-        model = torch.jit.load(str(self.folder / "model.pt"), map_location=device).eval()
+        model = torch.jit.load(str(folder / "model.pt"), map_location=device).eval()
         if device == "cpu" and hasattr(model, "pack") and torch.backends.mkldnn.is_available():
             model.pack(False, True)
-        self.search = torch.jit.script(Search(model, self.beam).eval())
+        self.search = torch.jit.script(Search(model, beam).eval())
         self.source, self.target = (
-            sentencepiece.SentencePieceProcessor(model_file=str(self.folder / f"{side}.model"))
+            sentencepiece.SentencePieceProcessor(model_file=str(folder / f"{side}.model"))
             for side in ("source", "target")
         )
 
-    def decode_request(self, request: dict[str, Any]) -> str:
-        return str(request["text"])
-
-    def batch(self, inputs: list[str]) -> list[str]:
-        return inputs
-
-    def predict(self, texts: list[str]) -> list[str]:
+    def translate(self, texts: list[str]) -> list[str]:
         encoded = [torch.tensor([*ids, EOS]) for ids in self.source.encode(texts)]
         lengths = torch.tensor([len(one) for one in encoded])  # [N]
         source = nn.utils.rnn.pad_sequence(encoded, batch_first=True)  # [N, S]
@@ -129,15 +119,66 @@ class Translator(litserve.LitAPI):  # type: ignore[misc]
         cut = [row[:most] for row, most in zip(found, limits)]
         return list(self.target.decode([r[: r.index(EOS)] if EOS in r else r for r in cut]))
 
-    def unbatch(self, output: list[str]) -> list[str]:
-        return output
 
-    def encode_response(self, output: str) -> dict[str, str]:
-        return {"translation": output}
+def serve_litserve(a: argparse.Namespace) -> None:
+    import litserve  # type: ignore[import-not-found]
+
+    class Batches(litserve.LitAPI):  # type: ignore[misc]
+        def setup(self, device: str) -> None:
+            if a.threads:
+                torch.set_num_threads(a.threads)
+            self.translator = Translator(a.folder, a.beam, device)
+
+        def decode_request(self, request: dict[str, Any]) -> str:
+            return str(request["text"])
+
+        def batch(self, inputs: list[str]) -> list[str]:
+            return inputs
+
+        def predict(self, texts: list[str]) -> list[str]:
+            return self.translator.translate(texts)
+
+        def unbatch(self, output: list[str]) -> list[str]:
+            return output
+
+        def encode_response(self, output: str) -> dict[str, str]:
+            return {"translation": output}
+
+    api = Batches(max_batch_size=a.batch, batch_timeout=a.delay / 1000)
+    # fast_queue is what LitServe's documentation advises from 100 requests a second on.
+    server = litserve.LitServer(api, accelerator="auto", devices=1, fast_queue=True)
+    server.run(
+        host="127.0.0.1", port=a.port, log_level="warning", generate_client_file=False,
+        access_log=False,
+    )
+
+
+def serve_fastapi(a: argparse.Namespace) -> None:
+    import fastapi  # type: ignore[import-not-found]
+    import uvicorn  # type: ignore[import-not-found]
+
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    translator, turn = Translator(a.folder, a.beam, device), threading.Lock()
+    app = fastapi.FastAPI()
+
+    @app.post("/predict")
+    def predict(request: dict[str, str]) -> dict[str, str]:
+        with turn:
+            return {"translation": translator.translate([request["text"]])[0]}
+
+    @app.get("/health")
+    def health() -> str:
+        return "ok"
+
+    uvicorn.run(app, host="127.0.0.1", port=a.port, log_level="warning", access_log=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    servers = {"litserve": serve_litserve, "fastapi": serve_fastapi}
+    parser.add_argument("server", choices=servers)
     parser.add_argument("folder", type=Path, help="of model.pt, source.model and target.model")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64, help="max_batch_size, requests")
@@ -145,13 +186,7 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: as torch has it")
     a = parser.parse_args()
-    api = Translator(a.folder, a.beam, a.threads, a.batch, a.delay)
-    # fast_queue is what LitServe's documentation advises from 100 requests a second on.
-    server = litserve.LitServer(api, accelerator="auto", devices=1, fast_queue=True)
-    server.run(
-        host="127.0.0.1", port=a.port, log_level="warning", generate_client_file=False,
-        access_log=False,
-    )
+    servers[a.server](a)
 
 
 if __name__ == "__main__":
