@@ -5,12 +5,14 @@
 #   podman build --target training --build-arg TORCH=cuda -t seq2serve-training .
 #
 # A CUDA build needs no other base: torch's packages bring CUDA's libraries, the node its driver.
-# For production give the base by digest, as a tag may be another image tomorrow:
-#   --build-arg BASE=docker.io/library/python@sha256:...
-# Any base will do that has python3 (3.10 to 3.13) with venv, sh, and glibc of 2.28 or later.
+# For production give both bases by digest, as a tag may be another image tomorrow:
+#   --build-arg BASE=docker.io/library/python@sha256:... --build-arg BUILDER=...
+# Any base will do that has python3 (3.10 to 3.13) with venv, sh, and glibc of 2.28 or later; and any
+# builder that has g++ beside the same python3 in the same place, and no later glibc.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
+ARG BUILDER=docker.io/library/python:3.11-bookworm
 
-FROM ${BASE} AS torch
+FROM ${BUILDER} AS torch
 # cpu or cuda.
 ARG TORCH=cpu
 # Where the CPU build is looked for when pip's own index has none.
@@ -31,10 +33,11 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
       cuda) install "torch===$version";; \
       *) echo "TORCH is $TORCH: allowed are cpu and cuda" >&2; exit 1;; \
     esac; \
-    # Tests, and headers for a compiler that is not there.
+    # Tests, and headers for a compiler that is not there; stage native has one.
     cd /opt/venv/lib/python3*/site-packages/torch; \
+    mv include /pip/torch-include; \
     find bin -mindepth 1 ! -name torch_shm_manager -delete; \
-    rm -rf test include share lib/*.a lib/*_test.so
+    rm -rf test share lib/*.a lib/*_test.so
 
 # What serves: TorchServe, the model's file, Java.
 FROM torch AS serving-files
@@ -52,6 +55,8 @@ COPY server /opt/seq2serve/server
 RUN chmod -R u=rwX,go=rX /opt/seq2serve && \
     /opt/venv/bin/python -m compileall -q -j 0 -x /testing/ \
       --invalidation-mode unchecked-hash /opt/venv/lib /opt/seq2serve
+# A start is a fifth shorter: TorchServe's classes as Java takes them, in /opt/venv/share.
+RUN cd /opt/seq2serve && /opt/venv/bin/python -B -m server.classes
 
 # What trains: all the verbs of `python -m training`, and torchrun.
 FROM torch AS training-files
@@ -66,6 +71,16 @@ COPY training /opt/seq2serve/training
 RUN chmod -R u=rwX,go=rX /opt/seq2serve && \
     /opt/venv/bin/python -m compileall -q -j 0 -x /testing/ \
       --invalidation-mode unchecked-hash /opt/venv/lib /opt/seq2serve
+
+# What int8 weights need to be fast, for processors that there are kernels for: `export` finds it
+# compiled from its own sources for its own torch (model/native/build.py).
+FROM training-files AS native
+RUN set -eu; cd /opt/venv/lib/python3*/site-packages/torch; mv /pip/torch-include include; \
+    cd /opt/seq2serve; mkdir -p build/native; \
+    case $(uname -m) in x86_64) /opt/venv/bin/python -B -c "from handler.decoding.native import library; \
+      from model.native import build; from training.export import LIBRARIES; \
+      print(build(LIBRARIES, library()))";; esac; \
+    chmod -R u=rwX,go=rX build
 
 FROM ${BASE} AS runtime
 # Java and torch ask for their user's name. 10001 is above any user of a node.
@@ -103,6 +118,7 @@ RUN cd /models && sha256sum -c seq2seq.mar.sha256
 FROM runtime AS training
 COPY --from=training-files /opt/venv /opt/venv
 COPY --from=training-files /opt/seq2serve /opt/seq2serve
+COPY --from=native /opt/seq2serve/build /opt/seq2serve/build
 CMD ["python", "-m", "training", "--help"]
 ARG VERSION=
 ARG REVISION=

@@ -126,19 +126,20 @@ test: k8s-tools | $(READY)  ## every test, end to end included (four minutes on 
 bench: mar  ## measure the served model: requests a second and latency
 	$(BIN)/python -m bench.serving $(STORE) $(RUN)/data/test.source
 
-# Of images: podman or docker; a base by digest for production.
+# Of images: podman or docker; both bases by digest for production.
 ENGINE ?= podman
 TARGET ?= serving-with-model
 BASE ?=
+BUILDER ?=
 IMAGE ?= localhost/$(if $(filter training,$(TARGET)),seq2serve-training,seq2serve):dev
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
-image: $(if $(filter serving-with-model,$(TARGET)),mar)  ## build IMAGE (TARGET=serving, serving-with-model or training; TORCH, BASE)
+image: $(if $(filter serving-with-model,$(TARGET)),mar)  ## build IMAGE (TARGET=serving, serving-with-model or training; TORCH, BASE, BUILDER)
 	$(ENGINE) build --target $(TARGET) --build-arg TORCH=$(TORCH) $(if $(BASE),--build-arg BASE=$(BASE)) \
-	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) -t $(IMAGE) .
+	  $(if $(BUILDER),--build-arg BUILDER=$(BUILDER)) --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) -t $(IMAGE) .
 
 image-test: | $(READY)  ## build the images and run them as Kubernetes would (podman; five minutes)
-	$(BIN)/python k8s/tests/image.py $(if $(BASE),--base $(BASE))
+	$(BIN)/python k8s/tests/image.py $(if $(BASE),--base $(BASE)) $(if $(BUILDER),--builder $(BUILDER))
 
 USERS ?= 20
 TIME ?= 1m

@@ -14,6 +14,16 @@ PREFIX = "seq2seq_"
 # Seconds; upper bounds of buckets. A step is a hundredth of a sentence.
 STEP_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 WAIT_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+# Counters that alerts and dashboards ask for, and labels that are known. Told as 0 from the start:
+# Prometheus sees nothing grow before it has read it once.
+FROM_START: tuple[tuple[str, dict[str, str]], ...] = (
+    ("requests_total", {"outcome": "ok"}),
+    ("requests_total", {"outcome": "failed"}),
+    ("refusals_total", {"reason": "Unauthorized"}),
+    ("cancellations_total", {}),
+    ("tokens_total", {"side": "source"}),
+    ("tokens_total", {"side": "target"}),
+)
 
 Kind = Literal["counter", "gauge"]
 Series = tuple[str, tuple[str, ...], tuple[str, ...]]  # name, label names, label values

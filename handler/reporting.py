@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from handler.metrics import INTERVAL, Kind
+from handler.metrics import FROM_START, INTERVAL, Kind
 from handler.service import Service
 
 CEASED = 2.0  # seconds without a call after which no client can be waiting
@@ -60,6 +60,8 @@ class TorchServeSink:
 def report(service: Service, calls: Calls, metrics: Any) -> None:
     """Tell TorchServe what was counted, once in `INTERVAL`, for ever."""
     sink = TorchServeSink(metrics, service.narrator.model)
+    for name, labels in FROM_START:
+        service.metrics.count(name, 0, **labels)
     while True:
         time.sleep(INTERVAL)
         gauges = service.gauges()

@@ -305,6 +305,27 @@ BROKEN: list[tuple[str, str, str, str, Any]] = [
         "spec.triggers.0.metadata.query",
         lambda old: old.split(" or ")[0] + " or vector(0)",
     ),
+    (
+        "queries",
+        "canary",
+        "ScaledObject/seq2serve",
+        "spec.triggers.1.metadata.query",
+        lambda old: old.replace("[45s]", "[5m]"),
+    ),
+    (
+        "queries",
+        "canary",
+        "ScaledObject/seq2serve",
+        "spec.triggers.0.metadata.query",
+        lambda old: old.replace("min by (pod)", "max by (pod)"),
+    ),
+    (
+        "bounds",
+        "canary",
+        "ScaledObject/seq2serve",
+        "spec.advanced.horizontalPodAutoscalerConfig.behavior.scaleUp.policies.1.value",
+        5,
+    ),
     ("queries", "canary", "ScaledObject/seq2serve", "spec.triggers.1", DELETE),
     (
         "queries",

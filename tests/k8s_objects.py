@@ -155,7 +155,7 @@ def bounds(documents: Documents) -> Iterator[str]:
             else spec.get("behavior", {})
         )
         for policy in behavior.get("scaleUp", {}).get("policies", [{"type": "none"}]):
-            limit = {"Percent": 100, "Pods": 2}.get(policy["type"], 0)
+            limit = {"Percent": 100, "Pods": 4}.get(policy["type"], 0)
             if policy.get("value", 1) > limit or policy.get("periodSeconds", 0) < 60:
                 yield f"{title(document)}: grows by {policy}"
         down = behavior.get("scaleDown", {})
@@ -171,6 +171,10 @@ def bounds(documents: Documents) -> Iterator[str]:
                 yield f"{title(document)}: a blind autoscaler could scale in"
 
 
+# Of pods whose every port was scraped: longer than a rate has its two scrapes it must not hold.
+GUARD = r"or 0 \* sum\(min by \(pod\) \(last_over_time\(up\{[^}]*\}\[45s\]\)\) == 1\)$"
+
+
 def queries(documents: Documents) -> Iterator[str]:
     """A loss of metrics is an error, not an absence of load; two signals at least."""
     for document in named(documents, "ScaledObject"):
@@ -183,7 +187,7 @@ def queries(documents: Documents) -> Iterator[str]:
                 yield f"{title(document)}, {trigger['name']}: nothing is read as 0"
             if trigger.get("metricType") != "AverageValue":
                 yield f"{title(document)}, {trigger['name']}: fallback needs AverageValue"
-            if not re.search(r"or 0 \* sum\(up\{[^}]*\} == 1\)$", given["query"]):
+            if not re.search(GUARD, given["query"]):
                 yield f"{title(document)}, {trigger['name']}: no guard"
             if "vector(0)" in given["query"] or "PROJECT" in given["serverAddress"]:
                 yield f"{title(document)}, {trigger['name']}: {given}"

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from training.export import LIBRARIES
+
 ROOT = Path(__file__).resolve().parent.parent
 K8S = ROOT / "k8s"
 SCRIPT = K8S / "tests" / "image.py"
@@ -90,7 +92,8 @@ def test_nothing_follows_that_could_change_the_packages(stages, target):
         assert word not in ("ADD", "ENTRYPOINT", "HEALTHCHECK", "VOLUME", "SHELL")
         assert word != "RUN" or re.match(r"echo |cd /models && sha256sum -c", rest)
         if word == "COPY":
-            assert re.match(r"--from=(serving|training)-files |--chmod=444 model-store/", rest)
+            source = r"--from=(serving-files|training-files|native) |--chmod=444 model-store/"
+            assert re.match(source, rest)
 
 
 @pytest.mark.parametrize("target", IMAGES)
@@ -117,10 +120,34 @@ def test_serving_does_what_the_deployment_commands(stages):
 
 
 def test_every_base_is_the_argument(dockerfile, stages):
-    word, rest = dockerfile[0]
-    assert word == "ARG"
-    assert rest.startswith("BASE=")
-    assert {base for base, _ in stages.values()} - set(stages) == {"${BASE}"}
+    assert [(word, rest.partition("=")[0]) for word, rest in dockerfile[:2]] == [
+        ("ARG", "BASE"), ("ARG", "BUILDER"),
+    ]
+    assert {base for base, _ in stages.values()} - set(stages) == {"${BASE}", "${BUILDER}"}
+
+
+@pytest.mark.parametrize("target", IMAGES)
+def test_no_image_begins_with_the_builder_s_compiler(stages, target):
+    name = target
+    while name in stages:
+        name = stages[name][0]
+    assert name == "${BASE}"
+
+
+def test_export_finds_its_operators_compiled(stages):
+    """Where it looks for them, from its own sources."""
+    where = f"/opt/seq2serve/{LIBRARIES.relative_to(ROOT).parent}"
+    assert ("COPY", f"--from=native {where} {where}") in stages["training"][1]
+    base, (compiled,) = stages["native"]
+    assert base == "training-files"
+    assert "build(LIBRARIES, library())" in compiled[1]
+
+
+def test_classes_are_written_down_when_all_is_in_its_place(stages):
+    """Java refuses them when a jar has changed since."""
+    own = stages["serving-files"][1]
+    assert "python -B -m server.classes" in own[-1][1]
+    assert ("COPY", "--from=serving-files /opt/venv /opt/venv") in stages["serving"][1]
 
 
 def test_versions_are_those_of_pyproject(stages):
@@ -230,7 +257,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 def test_the_images_train_and_serve():
     if os.environ.get("SEQ2SERVE_IMAGE_TEST") != "1":
         pytest.skip("builds images, which takes minutes and GB: run `make image-test`")
-    if reason := script().unable(""):
+    if reason := script().unable("", ""):
         pytest.skip(reason)
     done = subprocess.run(
         [sys.executable, str(SCRIPT)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -114,9 +114,16 @@ def test_every_series_is_chosen_within_the_namespace() -> None:
 
 
 def test_windows_hold_four_scrapes() -> None:
+    """But for `up` of the autoscalers' guard: as long as a rate over a minute has two scrapes."""
     for title, query in every_query().items():
-        for window in re.findall(r"\[(\w+)\]", query):
-            assert seconds(window) >= 4 * SCRAPE_SECONDS, f"{title}: {window}"
+        for name, window in re.findall(r"(\w+)\{[^}]*\}\[(\w+)\]", query):
+            if name == "up":
+                assert seconds(window) == 60 - SCRAPE_SECONDS, f"{title}: {window}"
+            else:
+                assert seconds(window) >= 4 * SCRAPE_SECONDS, f"{title}: {window}"
+    windows = [len(re.findall(r"\[\d", query)) for query in every_query().values()]
+    found = [len(re.findall(r"\{[^}]*\}\[", query)) for query in every_query().values()]
+    assert found == windows
 
 
 def test_labels_of_what_is_recorded_are_those_that_its_name_says() -> None:

@@ -87,13 +87,13 @@ def status(address: str, body: Any, token: str | None = FIRST) -> int:
 
 
 HEADERS = JSON | {"Authorization": f"Bearer {FIRST}"}
+LONG = {"text": ["9" * 60] * 1024, "beam_size": 32, "min_length": 60}  # some minutes
 
 
 def stream(address: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
     """One that would go on for long, of which the first part has come."""
-    body = {"text": ["9" * 60] * 500, "beam_size": 8, "min_length": 60, "stream": True}
     connection = http.client.HTTPConnection(address, timeout=GUARD_SECONDS)
-    connection.request("POST", PREDICT, json.dumps(body), HEADERS)
+    connection.request("POST", PREDICT, json.dumps({**LONG, "stream": True}), HEADERS)
     reply = connection.getresponse()
     assert reply.peek(1)
     return connection, reply
@@ -136,8 +136,7 @@ def scrape(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Scrape:
         until(look, lambda s: s.value("seq2seq_cancellations_total") == 1)
         connection, reply = stream(address)
         long = http.client.HTTPConnection(address, timeout=GUARD_SECONDS)
-        body = json.dumps({"text": ["9" * 60] * 200, "beam_size": 8, "min_length": 60})
-        long.request("POST", PREDICT, body, HEADERS)
+        long.request("POST", PREDICT, json.dumps(LONG), HEADERS)
         until(look, lambda s: s.value("seq2serve_live_requests") == 2)
         for worker in psutil.Process(one.java).children():
             worker.kill()

@@ -93,7 +93,7 @@ def test_streams_that_are_reset_hurt_nobody(server, toy):
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         connection.close()
     assert streamed(server, {"text": "12"})["translations"][0][0]["text"] == offline(toy, ["12"])[0]
-    scraped(server, idle, seconds=30)
+    scraped(server, idle)
 
 
 def test_a_client_that_sends_its_request_slowly_hinders_nobody(server, toy):
@@ -213,7 +213,7 @@ def test_after_its_worker_is_killed_a_server_answers_again(narrow, toy):
     assert streamed(narrow, {"text": texts})["translations"][3][0]["text"] == offline(
         toy, texts[3:4]
     )[0]
-    scraped(narrow, idle, seconds=30)
+    scraped(narrow, idle)
 
 
 def again(server, body: dict) -> Reply:

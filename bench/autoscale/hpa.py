@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from bench.autoscale.pod import ROOT
+from bench.autoscale.prometheus import SEEN
 
 MANIFEST = ROOT / "k8s" / "components" / "autoscale-keda-gmp" / "scaledobject.yaml"
 SYNC = 15.0  # s, --horizontal-pod-autoscaler-sync-period
@@ -100,12 +101,13 @@ def keda(path: Path = MANIFEST) -> Scaler:
         fallback["behavior"] != "currentReplicasIfHigher"
         or triggers.keys() != {"saturation", "arrivals"}
         or {one["metricType"] for one in triggers.values()} != {"AverageValue"}
-        or windows != {"1m"}
+        or windows != {"1m", f"{SEEN:g}s"}
         or spec["pollingInterval"] != SYNC
     ):
         raise ValueError(
             f"{path}: the simulation knows the triggers saturation and arrivals, AverageValue, "
-            f"ranges of 1m, polled each {SYNC:g} s, fallback currentReplicasIfHigher; got "
+            f"ranges of 1m and {SEEN:g}s, polled each {SYNC:g} s, fallback "
+            "currentReplicasIfHigher; got "
             f"{sorted(triggers)}, ranges {sorted(windows)}, {spec['pollingInterval']} s, "
             f"{fallback['behavior']}: bring bench/autoscale in line with it"
         )
@@ -153,6 +155,8 @@ class Controller:
             answers: to each target's query.
         """
         wanted = self._wanted(current, ready, answers)
+        if current < self.scaler.minimum:
+            return self.scaler.minimum
         if wanted is None:
             return current
         replicas = self._limited(now, current, self._stabilised(now, current, wanted))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 LOOKBACK = 300.0  # s, in which an instant takes the last sample
+SEEN = 45.0  # s, in which the guard of the queries looks for a scrape
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def summed(values: Sequence[float | None]) -> float | None:
 
 
 def guarded(answer: float | None, histories: Sequence[History], now: float) -> float | None:
-    """`answer or 0 * sum(up == 1)`."""
+    """`answer or 0 * sum(min by (pod) (last_over_time(up[45s])) == 1)`. Both ports of a pod are
+    scraped at once here, and always answer."""
     if answer is not None:
         return answer
-    return 0.0 if any(one.last(now) is not None for one in histories) else None
+    return 0.0 if any(one.within(now, SEEN) for one in histories) else None
 
 
 def saturation(
@@ -91,9 +93,8 @@ def saturation(
         summed([avg_over_time(one, read, now, window) for one in histories])
         for read in (lambda s: s.rows_in_use, lambda s: s.waiting, lambda s: s.pending)
     ]
-    known = any(one.last(now) is not None for one in histories)  # the capacity is an instant
     held = [one for one in parts if one is not None]
-    answer = sum(held) / rows if len(held) == len(parts) and known else None
+    answer = sum(held) / rows if len(held) == len(parts) else None
     return guarded(answer, histories, now)
 
 

@@ -5,10 +5,10 @@ seconds; what it publishes is baked into the serving image, which is started, as
 container has what the manifests give it: user 10001, a read-only root, no capabilities, no way to
 new privileges, two cores and 2 GiB; all but a cluster.
 
-It needs podman and a base: --base IMAGE, or root and debootstrap (Debian's packages podman, runc,
-debootstrap). pip works inside a build as it does here: its configuration goes in as a secret, and
-the folders and files that it names are mounted. Takes five minutes and 6 GB on two cores; what it
-built is removed, unless --keep.
+It needs podman and two bases: --base and --builder, or root and debootstrap (Debian's packages
+podman, runc, debootstrap). pip works inside a build as it does here: its configuration goes in as a
+secret, and the folders and files that it names are mounted. Takes five minutes and 6 GB on two
+cores; what it built is removed, unless --keep.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,15 +36,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = ROOT / "k8s" / "training" / "base" / "steps.sh"
 PREFIX = "localhost/seq2serve-test"
-BASE = f"{PREFIX}-base"
+BASE, BUILDER = f"{PREFIX}-base", f"{PREFIX}-builder"
+PACKAGES = "python3,python3-venv,ca-certificates"
 USER = 10001
 # Of a context that holds them, an image has none.
 DECOYS = ("runs/text", ".git/config", "token", "tests/test.py", "model-store/other.mar")
 IGNORED = (".git", ".venv", "runs", "build", "model-store", ".*_cache", "__pycache__")
 # What restricted Pod Security and k8s/base/deployment.yaml ask for. The network is the machine's:
-# ports are free ones.
+# ports are free ones. From /tmp a library of an archive is loaded, as from an emptyDir.
 RESTRICTED = (
-    "--network=host", "--read-only", "--tmpfs=/tmp:rw,size=512m", "--cap-drop=ALL",
+    "--network=host", "--read-only", "--tmpfs=/tmp:rw,exec,size=512m", "--cap-drop=ALL",
     "--security-opt=no-new-privileges", "--cpus=2", "--memory=2g", "--env=OMP_NUM_THREADS=1",
 )
 PORTS = ("PORT", "MANAGEMENT_PORT", "METRICS_PORT", "HEALTH_PORT")
@@ -56,6 +58,15 @@ find /opt /models /usr -xdev -writable ! -type l 2>/dev/null
 touch /opt/seq2serve/x 2>/dev/null && echo "the root can be written"
 find /opt /models -xdev ! -readable 2>/dev/null
 true
+"""
+CLASSES = """
+import os
+from server.java import find_java
+from server.jvm import classes_file
+from server.torchserve import class_path, torchserve_home
+java = find_java()
+flags = ["-Xshare:on", f"-XX:SharedArchiveFile={classes_file(java.version)}", "-XX:+UseSerialGC"]
+os.execv(java.path, ["java", *flags, "-cp", class_path(torchserve_home()), "-version"])
 """
 PARTS = """
 cd /opt/venv/lib/python3*/site-packages
@@ -113,11 +124,13 @@ def pip_configuration() -> tuple[str, list[str]]:
     return text, sorted(paths)
 
 
-def make_base(folder: Path) -> None:
-    """Debian 12 with its Python, which stands in for python:3.11-slim-bookworm."""
-    root = folder / "base"
+def make_base(folder: Path, name: str, packages: str) -> None:
+    """Debian 12 with its Python, which stands in for python:3.11-slim-bookworm; with g++ for
+    python:3.11-bookworm."""
+    root, cache = folder / "base", folder / "packages"
+    cache.mkdir(exist_ok=True)
     subprocess.run(
-        ["debootstrap", "--variant=minbase", "--include=python3,python3-venv,ca-certificates",
+        ["debootstrap", "--variant=minbase", f"--cache-dir={cache}", f"--include={packages}",
          "bookworm", str(root)],
         check=True, stdout=subprocess.DEVNULL,
     )
@@ -125,7 +138,7 @@ def make_base(folder: Path) -> None:
         shutil.rmtree(root / spare)
         (root / spare).mkdir()
     tar = subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE)
-    podman("import", "-q", "-", BASE, stdin=tar.stdout)
+    podman("import", "-q", "-", name, stdin=tar.stdout)
     if tar.wait() != 0:
         raise Failed("tar of the base failed")
     shutil.rmtree(root)
@@ -137,6 +150,7 @@ class Builder:
 
     folder: Path
     base: str
+    builder: str
     built: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -155,7 +169,8 @@ class Builder:
         name, begun = f"{PREFIX}-{target}", time.monotonic()
         podman(
             "build", "-q", "--layers", "--network=host", f"--secret=id=pip.conf,src={self.secret}",
-            f"--build-arg=BASE={self.base}", *self.volumes, *more, f"--target={target}",
+            f"--build-arg=BASE={self.base}", f"--build-arg=BUILDER={self.builder}",
+            *self.volumes, *more, f"--target={target}",
             f"--tag={name}", str(self.context),
         )
         self.built.append(name)
@@ -182,7 +197,7 @@ def report_size(image: str) -> None:
     for layer in reversed(layers):
         if layer["size"] > 100_000:
             print(f"  {layer['size'] / 1e6:6.1f} MB  {layer['CreatedBy'].strip()[:60]}")
-    for line in podman("run", "--rm", "--network=host", image, "sh", "-c", PARTS).splitlines():
+    for line in podman("run", "--rm", *RESTRICTED, image, "sh", "-c", PARTS).splitlines():
         print("   ", " MiB  ".join(line.split()))
 
 
@@ -242,7 +257,8 @@ def check_training(image: str, folder: Path) -> tuple[str, Path]:
         runs.chmod(0o777)
     variables = {
         "RECIPE": "recipes/dates.yaml", "RUN": "/runs/dates", "PUBLISH": "/runs/published",
-        "OPTIONS": "--set training.epochs=0.03 --set training.validate_every=1000",
+        "OPTIONS": "--set training.epochs=0.03 --set training.validate_every=1000 "
+        "--set export.weights=int8",
     }
     options = [f"--env={name}={value}" for name, value in variables.items()]
     options += [f"--volume={STEPS}:/etc/training/steps.sh:ro", f"--volume={runs}:/runs"]
@@ -251,10 +267,14 @@ def check_training(image: str, folder: Path) -> tuple[str, Path]:
         status = end_of(name, 300)
         said = podman("logs", name)
     check(status == 0, "the steps of a training Job end with 0", said[-2000:])
+    check("a compiler" not in said, "int8 weights need no compiler", said[-2000:])
     print(f"  trained and published in {time.monotonic() - begun:.0f} s")
     told = podman("run", "--rm", *RESTRICTED, image, "torchrun", "--help")
     check("--rdzv-backend" in told, "torchrun is there")
     archive = next((runs / "published").glob("seq2seq-*.mar"))
+    with zipfile.ZipFile(archive) as files:
+        libraries = [one for one in files.namelist() if one.endswith(".so")]
+    check(len(libraries) == 1, "the archive brings the operators along", libraries)
     return archive.stem.rpartition("-")[2], archive
 
 
@@ -264,6 +284,12 @@ def check_files(image: str) -> None:
     check(
         seen[2:] == [""], "no compiler, no cache, nothing to write or that cannot be read", seen[2:]
     )
+
+
+def check_classes(image: str) -> None:
+    """With -Xshare:on Java ends where it cannot take its classes from the file."""
+    said = podman("run", "--rm", *RESTRICTED, image, "python", "-c", CLASSES)
+    check("Server VM" in said, "Java takes its classes from the image", said)
 
 
 def check_refusals(plain: str, baked: str) -> None:
@@ -328,14 +354,14 @@ def check_serving(image: str, digest: str) -> None:
 # All of it
 
 
-def unable(base: str) -> str:
+def unable(base: str, builder: str) -> str:
     """Say why this cannot be run here, "" where it can."""
     if shutil.which("podman") is None:
         return "no podman: install Debian's packages podman, runc and debootstrap"
-    if not base and shutil.which("debootstrap") is None:
-        return "no debootstrap and no base: install it, or name an image with --base"
-    if not base and os.geteuid() != 0:
-        return "debootstrap needs root: name an image with --base"
+    if not (base and builder) and shutil.which("debootstrap") is None:
+        return "no debootstrap: install it, or name images with --base and --builder"
+    if not (base and builder) and os.geteuid() != 0:
+        return "debootstrap needs root: name images with --base and --builder"
     return ""
 
 
@@ -344,12 +370,14 @@ def untagged() -> set[str]:
     return set(podman("images", "-a", "-q", "--filter=dangling=true").split())
 
 
-def run(base: str, folder: Path, keep: bool) -> None:
+def run(base: str, compiler: str, folder: Path, keep: bool) -> None:
     before, builder = untagged(), None
     try:
         if not base:
-            make_base(folder)
-        builder = Builder(folder, base or BASE)
+            make_base(folder, BASE, PACKAGES)
+        if not compiler:
+            make_base(folder, BUILDER, f"{PACKAGES},g++")
+        builder = Builder(folder, base or BASE, compiler or BUILDER)
         builder.check_context()
         training = builder.build("training")
         digest, archive = check_training(training, folder)
@@ -362,11 +390,13 @@ def run(base: str, folder: Path, keep: bool) -> None:
         for image in (training, baked):
             check_files(image)
             report_size(image)
+        check_classes(baked)
         check_refusals(plain, baked)
         check_serving(baked, digest)
     finally:
         if not keep:
-            names = [*(builder.built if builder else []), *([] if base else [BASE])]
+            made = [name for name, given in ((BASE, base), (BUILDER, compiler)) if not given]
+            names = [*(builder.built if builder else []), *made]
             podman("rmi", "--force", *names, status=None)
             podman("rmi", "--force", *(untagged() - before), status=None)
 
@@ -374,14 +404,15 @@ def run(base: str, folder: Path, keep: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base", default="", help="an image with python3 and venv; made if none")
+    parser.add_argument("--builder", default="", help="one with g++ as well; made if none")
     parser.add_argument("--keep", action="store_true", help=f"leave the images {PREFIX}-*")
     arguments = parser.parse_args()
-    if reason := unable(arguments.base):
+    if reason := unable(arguments.base, arguments.builder):
         print(f"image test not run: {reason}", file=sys.stderr)
         return 2
     try:
         with tempfile.TemporaryDirectory(prefix="seq2serve-image-") as folder:
-            run(arguments.base, Path(folder), arguments.keep)
+            run(arguments.base, arguments.builder, Path(folder), arguments.keep)
     except Failed as failure:
         print(f"FAILED: {failure}", file=sys.stderr)
         return 1
