@@ -73,18 +73,3 @@ class ServerOptions:
             raise ServerError(f"sha256 is {self.sha256!r}: allowed are 64 hexadecimal digits")
         if self.sha256 and len(self.models) > 1:
             raise ServerError(f"sha256 is of one archive: models has {len(self.models)}")
-
-
-def check_config(config: Path) -> None:
-    """Refuse a configuration under which a server would not listen where it is told to."""
-    try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ServerError(
-            f"configuration {config} cannot be read ({error}): restore it, or name another"
-        ) from error
-    if re.search(r"^\s*enable_envvars_config\s*=\s*true\s*$", text, re.MULTILINE) is None:
-        raise ServerError(
-            f"configuration {config} lacks enable_envvars_config=true, without which ports and "
-            "addresses cannot be set: add that line"
-        )

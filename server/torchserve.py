@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from server.archive import check_archive, unpacked_size
+from server.config import check_config
 from server.cpus import frontend_cpus
 from server.devices import device_environment
 from server.errors import ServerError
@@ -29,7 +30,7 @@ from server.java import find_java
 from server.jvm import classes_file, jvm_flags
 from server.log import ServerLog, exit_reason, load_failure
 from server.memory import heap_size, memory_limit
-from server.options import LOOPBACK, VERBOSE, ServerOptions, check_config
+from server.options import LOOPBACK, VERBOSE, ServerOptions
 from server.ports import choose_ports
 from server.process import GONE_SECONDS, STOP_SECONDS, end_group, private_directory
 
@@ -112,7 +113,7 @@ class TorchServe:
         options = self.options
         if self._process is not None:
             raise ServerError(f"server {self.url} is started already: stop it first")
-        check_config(options.config)
+        check_config(options.config, torchserve_home())
         self.digests = self._checked_digests()
         archives = (options.model_store / model.split("=")[1] for model in options.models)
         self.heap = heap_size(memory_limit(), sum(map(unpacked_size, archives)))

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from k8s_tools import COMBINATIONS, K8S, ROOT, documents, kustomize, text
 
 from server.memory import heap_size
 from server.supervisor import add_flags
-from server.torchserve import torchserve_home
 
 COMPONENTS = sorted(path.parent.name for path in K8S.glob("components/*/kustomization.yaml"))
 # Those of one line exclude one another.
@@ -145,24 +143,6 @@ def test_the_configuration_is_the_repository_s() -> None:
             break
     else:
         pytest.fail("no ConfigMap seq2serve-config")
-
-
-def unknown_keys(configuration: str) -> set[str]:
-    """Those that TorchServe's own reader has no string for, and would pass over in silence."""
-    jar = torchserve_home() / "ts" / "frontend" / "model-server.jar"
-    with zipfile.ZipFile(jar) as classes:
-        strings = classes.read("org/pytorch/serve/util/ConfigManager.class")
-    keys = set(re.findall(r"^\s*([^#\s=]+)\s*=", configuration, re.MULTILINE))
-    # A constant is its kind, 1, its length in two bytes, and its text.
-    return {k for k in keys if bytes([1, 0, len(k)]) + k.encode() not in strings}
-
-
-def test_every_key_of_the_configuration_is_one_that_torchserve_reads() -> None:
-    configuration = (K8S / "base" / "config.properties").read_text(encoding="utf-8")
-    assert not unknown_keys(configuration)
-    for key in ("max_request_size", "job_queue_size", "enable_model_api"):
-        mistyped = configuration.replace(f"\n{key}=", f"\n{key}s=")
-        assert unknown_keys(mistyped) == {f"{key}s"}
 
 
 def test_a_changed_configuration_rolls_the_pods(tmp_path: Path) -> None:

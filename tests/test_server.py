@@ -25,13 +25,14 @@ import pytest
 from server.__main__ import main
 from server.archive import check_archive
 from server.client import translate
+from server.config import check_config
 from server.errors import ReplyError, ServerError
 from server.java import find_java, parse_java_version
 from server.log import exit_reason, load_failure
-from server.options import CONFIG, check_config
+from server.options import CONFIG
 from server.ports import choose_ports
 from server.process import private_directory
-from server.torchserve import ServerOptions, TorchServe
+from server.torchserve import ServerOptions, TorchServe, torchserve_home
 
 REPOSITORY = CONFIG.parent
 GUARD_SECONDS = 60  # against a hang; no statement about speed
@@ -244,13 +245,28 @@ def test_bad_options_are_named(change: dict[str, object], message: str) -> None:
 
 
 def test_configuration_must_let_itself_be_overridden(tmp_path: Path) -> None:
-    check_config(CONFIG)
+    home = torchserve_home()
+    check_config(CONFIG, home)
     other = tmp_path / "other.properties"
     for text in ("", "# enable_envvars_config=true\n", "enable_envvars_config=false\n"):
         other.write_text(text)
         with pytest.raises(ServerError, match="enable_envvars_config") as error:
-            check_config(other)
+            check_config(other, home)
         one_line(error)
+
+
+@pytest.mark.parametrize("key", ["max_request_size", "job_queue_size", "enable_model_api"])
+def test_a_key_that_torchserve_does_not_know_is_named(key: str, tmp_path: Path) -> None:
+    """TorchServe itself passes it over in silence."""
+    other = tmp_path / "other.properties"
+    other.write_text(CONFIG.read_text().replace(f"\n{key}=", f"\n {key}s ="))
+    said = f"{key}s, which TorchServe ignores: write {key},"
+    with pytest.raises(ServerError, match=said) as error:
+        check_config(other, torchserve_home())
+    one_line(error)
+    other.write_text(f"{CONFIG.read_text()}\ncolour = blue\n")
+    with pytest.raises(ServerError, match="has colour, which TorchServe ignores"):
+        check_config(other, torchserve_home())
 
 
 def test_every_line_of_the_configuration_has_its_reason() -> None:
