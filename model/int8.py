@@ -61,6 +61,11 @@ def packed_for_native(
     ]
 
 
+def rows_for_native(weight: Tensor, depth: int = DEPTH) -> Tensor:
+    """Weights int8 [out, in] channel by channel, for a product with some of them."""
+    return functional.pad(weight, [0, -weight.size(1) % depth]).contiguous()
+
+
 def by_unit(gates: Tensor, size: int, panel: int = PANEL) -> Tensor:
     """Gates [4H, X], one after the other, in groups of one panel of each: so that a group is all
     that its units need. H is filled up to whole panels."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.int8 import Int8Embedding, Int8Projection
+from model.int8 import Int8Embedding, Int8Projection, rows_for_native
 from model.lstm import Cell, LSTMStack
 from model.network import Bridge, Encoder, attend, positions, reversed_within
 from model.serving import Ensemble, Memory, Readout, ServingModel
+from model.shortlist import Shortlist
 
 FOLDED_BYTES = 1 << 28  # the largest table that a first layer is folded into
 
@@ -238,10 +239,17 @@ class Int8Readout(nn.Module):
         self.readout.pack(native)
 
 
-def quantized(model: ServingModel | Ensemble) -> nn.Module:
-    """The same model with int8 weights. `Ensemble.members` share nothing."""
+def quantized(model: ServingModel | Ensemble, shortlist: Shortlist | None = None) -> nn.Module:
+    """The same model with int8 weights. `Ensemble.members` share nothing.
+
+    Raises:
+        ValueError: a shortlist for an ensemble, which needs all of its members' probabilities.
+    """
     if not isinstance(model, Ensemble):
-        return QuantizedModel(model)
+        return QuantizedModel(model, shortlist)
+    if shortlist is not None:
+        raise ValueError("shortlist: got one for an ensemble; allowed: null, as the mean of its "
+                         "members needs the probabilities of all tokens")
     members: list[Any] = [
         QuantizedModel(member) for member in model.members if isinstance(member, ServingModel)
     ]
@@ -249,9 +257,13 @@ def quantized(model: ServingModel | Ensemble) -> nn.Module:
 
 
 class QuantizedModel(nn.Module):
-    """`model.serving.ServingModel` with int8 weights, and one method more, `best`."""
+    """`model.serving.ServingModel` with int8 weights, and two methods more, `best` and `allowed`.
 
-    def __init__(self, model: ServingModel) -> None:
+    Args:
+        shortlist: what `best` chooses from; its candidates are the last tensor of attended memory.
+    """
+
+    def __init__(self, model: ServingModel, shortlist: Shortlist | None = None) -> None:
         super().__init__()
         self.format_version = model.format_version
         self.pad_id, self.unk_id = model.pad_id, model.unk_id
@@ -263,6 +275,8 @@ class QuantizedModel(nn.Module):
         self.has_attention = model.has_attention
         self.card = model.card
         self.fused = False  # whether `best` can be called
+        self.shortlisted = shortlist is not None  # whether `allowed` can be
+        self.shortlist = shortlist
         self.embedding = Int8Embedding(model.embedding.weight)
         shared = model.encoder.embedding.weight is model.embedding.weight
         source = self.embedding if shared else Int8Embedding(model.encoder.embedding.weight)
@@ -287,6 +301,7 @@ class QuantizedModel(nn.Module):
             self.generator.weight, self.generator.scale = self.embedding.rows, self.embedding.scale
         never = [self.pad_id, self.unk_id, self.bos_id]  # no text has them
         self.generator.bias[never] = float("-inf")
+        self.rows = torch.empty(0, dtype=torch.int8)  # the generator, channel by channel
         self.eval()
 
     @torch.jit.export
@@ -300,6 +315,8 @@ class QuantizedModel(nn.Module):
                 y = reversed_within(y, lengths)
             attended = self.readout.attended(y)
             attended.append(positions(source, lengths))
+        if self.shortlist is not None:
+            attended.append(self.shortlist(source, lengths))
         return Memory(attended, [h0, c0])
 
     @torch.jit.export
@@ -307,6 +324,13 @@ class QuantizedModel(nn.Module):
         """See `ServingModel.start`."""
         h0, c0 = memory.initial[0], memory.initial[1]  # [N, L, H]
         return list(h0.unbind(1)) + list(c0.unbind(1))
+
+    @torch.jit.export
+    def allowed(self, memory: Memory) -> Tensor:
+        """bool [N, V]: the tokens that sentences may become; empty where there is no shortlist."""
+        if self.shortlist is not None:
+            return self.shortlist.allowed(memory.attended[-1])
+        return torch.empty(0, dtype=torch.bool)
 
     def features(
         self, previous: Tensor, state: list[Tensor], memory: Memory
@@ -334,7 +358,7 @@ class QuantizedModel(nn.Module):
     def step(
         self, previous: Tensor, state: list[Tensor], memory: Memory
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """See `ServingModel.step`."""
+        """See `ServingModel.step`; of all tokens, also those that are not `allowed`."""
         x, state, weights = self.features(previous, state, memory)
         return self.generator(x).view(previous.size(0), previous.size(1), -1), state, weights
 
@@ -342,7 +366,8 @@ class QuantizedModel(nn.Module):
     def best(
         self, previous: Tensor, state: list[Tensor], memory: Memory, count: int, normalised: bool
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-        """`step` that keeps of each row's logits only what decoding mostly needs.
+        """`step` that keeps of each row's logits only what decoding mostly needs. Where there is a
+        shortlist, it has no others than those of `allowed` tokens.
 
         Returns:
             The greatest `count` logits [N, K, count], best first (equals by id; -inf where there
@@ -351,9 +376,15 @@ class QuantizedModel(nn.Module):
         """
         n, k = previous.size(0), previous.size(1)
         x, state, weights = self.features(previous, state, memory)
-        values, tokens, normaliser = torch.ops.seq2serve.best(
-            x, self.generator.packed, count, normalised
-        )
+        if self.shortlist is not None:
+            values, tokens, normaliser = torch.ops.seq2serve.listed(
+                x, self.rows, self.generator.packed, memory.attended[-1], self.shortlist.common,
+                count, normalised,
+            )
+        else:
+            values, tokens, normaliser = torch.ops.seq2serve.best(
+                x, self.generator.packed, count, normalised
+            )
         if normalised:
             normaliser = normaliser.view(n, k)
         return values.view(n, k, -1), tokens.view(n, k, -1), normaliser, state, weights
@@ -368,5 +399,7 @@ class QuantizedModel(nn.Module):
             cell.pack(native, words)  # type: ignore[operator]
         if self.readout is not None:
             self.readout.pack(native)
+        if native and self.shortlist is not None and self.rows.numel() == 0:
+            self.rows = rows_for_native(self.generator.weight)
         self.generator.pack(native, float("-inf"))
         self.fused = native

@@ -52,6 +52,22 @@ int check(const Kernels& kernels) {
       kernels.linear(q, w, group, outputs, round % 2 == 0, y.data());
       kernels.best(q, w, group, best);
     }
+    // A list of channels, some of them twice, whose weights lie channel by channel.
+    std::vector<int8_t> channels(static_cast<size_t>(outputs) * depth);
+    for (auto& one : channels) one = static_cast<int8_t>(draw(255) - 127);
+    std::vector<int32_t> ids(1 + draw(150));
+    for (auto& one : ids) one = draw(outputs);
+    Weights part = w;
+    part.groups = static_cast<int>(ids.size() + WIDTH - 1) / WIDTH;
+    std::vector<float> tops(rows * part.groups), totals(rows * part.groups),
+        kept(rows * count, -std::numeric_limits<float>::infinity());
+    std::vector<int64_t> places(rows * count);
+    const Best chosen{count, kept.data(), places.data(), tops.data(), totals.data()};
+    for (int group = 0; group < part.groups; ++group)
+      kernels.listed(q, part, {channels.data(), ids.data(), static_cast<int>(ids.size())}, group,
+                     chosen);
+    for (int64_t place : places)
+      if (place < 0 || place >= static_cast<int64_t>(ids.size())) return 3;
     for (int r = 0; r < rows; ++r) {
       const float total = kernels.normaliser(&maxima[r * groups], &sums[r * groups], groups);
       if (!(total >= values[r * count]) || std::isnan(h[r * size])) return 1;

@@ -19,7 +19,8 @@ from handler.decoding import DecodingOptions, Engine
 from handler.decoding.model import load, packed
 from handler.decoding.rows import Rows
 from model.quantized import quantized
-from model.serving import scripted
+from model.serving import ServingModel, scripted
+from model.shortlist import Shortlist
 
 CPU = torch.device("cpu")
 
@@ -34,12 +35,20 @@ class Forms:
 @pytest.fixture(scope="module", params=[*KINDS, "ensemble", "mixed ensemble"])
 def forms(request, tmp_path_factory, native_library):
     """Eager, scripted and loaded in double; packed and loaded in single precision; int8 weights
-    with torch's operators, in double, and with the native ones, to the last bit."""
+    with torch's operators, in double, and with the native ones, to the last bit; both with a
+    shortlist as well."""
     double, single = build(request.param), build(request.param).float()
     exact = "ensemble" not in request.param and "additive" not in request.param  # torch's own sums
     rounded = quantized(build(request.param))
     rounded.pack(False, False)
     written = {"double": double, "single": single, "int8": quantized(single)}
+    if isinstance(single, ServingModel):  # each token's four candidates, and two common ones
+        torch.manual_seed(3)
+        lexicon = torch.randint(0, VOCABULARY, (VOCABULARY, 4))
+        few = Shortlist(lexicon, torch.tensor([3, 5]), VOCABULARY)
+        listing = quantized(build(request.param), few)
+        listing.pack(False, False)
+        written["listed"] = quantized(single, few)
     loaded = {}
     for name, model in written.items():
         path = tmp_path_factory.mktemp("model") / f"{name}.pt"
@@ -49,7 +58,11 @@ def forms(request, tmp_path_factory, native_library):
         Forms([double, scripted(double), loaded["double"]], 1e-8),
         Forms([packed(single, CPU), loaded["single"]], 1e-2),
         Forms([rounded], 1e-8),
-        *([Forms([loaded["int8"]], 0.0 if exact else 1e-2)] if native_library else []),
+        *([Forms([listing], 1e-8)] if "listed" in written else []),
+        *(
+            [Forms([loaded[name]], 0.0 if exact else 1e-2) for name in ("int8", "listed")
+             if name in loaded] if native_library else []
+        ),
     ]
 
 

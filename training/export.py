@@ -13,13 +13,18 @@ import torch
 from handler.decoding import DecodingOptions, Engine, decode_in_order, native
 from handler.decoding.model import load, packed
 from handler.integrity import sha256
+from handler.tokenizer import Tokenizer
 from model import FORMAT_VERSION
 from model.native import NoCompiler, build
 from model.quantized import quantized
 from model.serving import scripted
+from model.shortlist import Shortlist
 from training.evaluate import Origin, best_model
+from training.lexicon import shortlist
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically
+from training.tokens import TokenPairs
+from training.train import tokenizers
 
 LIBRARIES = Path(__file__).parent.parent / "build" / "native"
 
@@ -29,20 +34,43 @@ def export(recipe: Recipe, run: Run) -> Path:
     int8 weights lies the library that makes it fast, where this machine can compile it.
 
     Raises:
-        RunError: nothing trained yet, or a file that decodes otherwise.
+        RunError: nothing trained yet, a shortlist for an ensemble, or a file that decodes
+            otherwise.
     """
     run.demand(run.summary, "train")
     model: Any
     model, origin = best_model(recipe, run)
     library(run).unlink(missing_ok=True)
     if recipe.export.weights == "int8":
-        model = quantized(model)
+        model = quantized(model, shortlist_of(recipe, run))
         compiled(library(run))
         native.declare(native.SCHEMAS)
     model.card = json.dumps(card(recipe, run, origin), indent=1, ensure_ascii=False)
     write_atomically(run.model, lambda temporary: scripted(model).save(str(temporary)))
     check(model, run.model)
     return run.model
+
+
+def shortlist_of(recipe: Recipe, run: Run) -> Shortlist | None:
+    """The shortlist that the recipe asks for, learnt from the training text.
+
+    Raises:
+        RunError: an ensemble, which needs the probabilities of all tokens.
+    """
+    options = recipe.export.shortlist
+    if options is None:
+        return None
+    if run.members:
+        raise RunError(
+            "export.shortlist: got one for an ensemble; allowed: null, as the mean of its members "
+            "needs the probabilities of all tokens"
+        )
+    source, target = tokenizers(run)
+    ids = {piece: i for i, piece in enumerate(target.pieces(range(target.size)))}
+    same = [ids.get(piece, 0) for piece in source.pieces(range(source.size))]
+    same[: Tokenizer.EOS] = [0] * Tokenizer.EOS
+    pairs = TokenPairs.load(run.data / "train.tokens")
+    return shortlist(pairs, torch.tensor(same), target.size, options)
 
 
 def library(run: Run) -> Path:
@@ -108,6 +136,7 @@ def card(recipe: Recipe, run: Run, origin: Origin) -> dict[str, Any]:
         "name": recipe.name,
         "version": recipe.export.version,
         "weights": recipe.export.weights,
+        "shortlist": described["export"]["shortlist"],
         "recipe": described,
         "step": origin.step,
         **ensemble,

@@ -154,21 +154,40 @@ class ScoringOptions:
 
 
 @dataclass(frozen=True)
+class ShortlistOptions:
+    """The tokens that a sentence may become, see model/shortlist.py and training/lexicon.py.
+
+    frequent: target pieces that every sentence may need, the most frequent ones.
+    candidates: target pieces for each source piece of the sentence, the likeliest ones.
+    """
+
+    frequent: int = field(default=400, metadata={"minimum": 1, "maximum": 65536})
+    candidates: int = field(default=40, metadata={"minimum": 1, "maximum": 1024})
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """The model's version, and what it may be asked; lengths in tokens, EOS included.
 
     weights: int8 makes model.pt a quarter as large and decoding on a CPU several times as fast, see
         model/quantized.py; docs/results.md says what it costs in quality.
+    shortlist: choose each sentence's tokens among those that it may need; null: among all.
     """
 
     version: str = "1.0"
     weights: Literal["float32", "int8"] = "float32"
+    shortlist: ShortlistOptions | None = None
     max_source_length: int = field(default=256, metadata=LENGTH)
     max_target_length: int = field(default=256, metadata=LENGTH)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", self.version):
             raise ValueError(f"version: got {self.version!r}; allowed: digits and dots, as in 1.0")
+        if self.shortlist is not None and self.weights != "int8":
+            raise ValueError(
+                f"shortlist: got one with weights {self.weights!r}; allowed: null, as only the "
+                "operators for int8 gain by it"
+            )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handler.decoding.lane import Lane
+from handler.decoding.lane import Lane, Vocabulary
 from handler.decoding.model import SequenceModel, SourceLengthError, encode_batch
 from handler.decoding.options import DecodingOptions
 from handler.decoding.sentence import Event, Sentence
@@ -103,7 +103,7 @@ class Engine:
         self.lanes: dict[tuple[int, bool], Lane] = {}  # by width, and whether fused
         self.encoded: Encoded | None = None
         self.memory: Any = None  # of the model's own type; holds no tensors between steps
-        self.never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
+        self.vocabulary = Vocabulary.of(model, device)
 
     def admit(
         self,
@@ -331,7 +331,7 @@ class Engine:
         so that a failure on the way loses nothing.
         """
         first = len(events)
-        parents = lane.step(self.model, self.memory, self.never)
+        parents = lane.step(self.model, self.memory, self.vocabulary)
         for i in reversed(range(len(lane.sentences))):  # removing one moves the last
             one = lane.sentences[i]
             if one.ended:

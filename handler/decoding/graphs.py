@@ -196,6 +196,9 @@ class GraphedModel:
         self.encode = model.encode
         self.start = model.start
         self.step = model.step
+        self.shortlisted = bool(getattr(model, "shortlisted", False))
+        if self.shortlisted:
+            self.allowed = model.allowed
         self.never = torch.tensor([self.pad_id, self.unk_id, self.bos_id], device=device)
 
     @torch.inference_mode()
@@ -253,6 +256,8 @@ class GraphedModel:
         """A step and its choice, kernel by kernel; it waits for nothing, and so can be recorded."""
         logits, state, attention = self.step(previous, state, memory)
         logits = logits.float().index_fill_(2, self.never, float("-inf"))
+        if self.shortlisted:
+            logits.masked_fill_(~self.allowed(memory).unsqueeze(1), float("-inf"))
         values, tokens = greatest(logits, count)
         report = [values.view(torch.int32), tokens.int()]
         if normalised:

@@ -1,13 +1,35 @@
 """The live sentences that have equally many hypotheses, and their rows."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from handler.decoding.rows import Rows
-from handler.decoding.selection import candidates, likeliest, needed
+from handler.decoding.selection import candidates, likeliest, needed, restrict
 from handler.decoding.sentence import NEVER, Sentence
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What every step asks of a model, which a scripted module would answer slowly.
+
+    never: ids that no text has, on the model's device. shortlisted: whether the model has
+    `allowed`, which says what each sentence may become.
+    """
+
+    bos: int
+    eos: int
+    size: int
+    never: Tensor
+    shortlisted: bool
+
+    @classmethod
+    def of(cls, model: Any, device: torch.device) -> "Vocabulary":
+        never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
+        shortlisted = bool(getattr(model, "shortlisted", False))
+        return cls(model.bos_id, model.eos_id, model.target_vocabulary, never, shortlisted)
 
 
 class Lane:
@@ -50,13 +72,13 @@ class Lane:
         if i < len(self.sentences):
             self.sentences[i] = last
 
-    def step(self, model: Any, memory: Any, never: Tensor) -> list[list[int]]:
+    def step(self, model: Any, memory: Any, vocabulary: Vocabulary) -> list[list[int]]:
         """One token for every row.
 
         Args:
             model: a `SequenceModel`; a `FusedModel` where the lane is fused.
             memory: an empty memory of the model's own type.
-            never: ids that no text has.
+            vocabulary: of the model.
 
         Returns:
             For each sentence the parents of its new hypotheses, none where it ended. The state is
@@ -64,28 +86,30 @@ class Lane:
         """
         longest = max(len(one.source) for one in self.sentences)
         last = [
-            [h.tokens[-1] if h.tokens else model.bos_id for h in one.live]
+            [h.tokens[-1] if h.tokens else vocabulary.bos for h in one.live]
             for one in self.sentences
         ]
-        previous = torch.tensor(last, device=never.device)  # [N, K]
+        previous = torch.tensor(last, device=vocabulary.never.device)  # [N, K]
         memory = memory._replace(attended=self.attended.live(longest))
         flat = [t.flatten(0, 1) for t in self.state.live()]  # [N*K, ...]
         if self.fused:
-            count = min(needed(self.sentences), model.target_vocabulary)
+            count = min(needed(self.sentences), vocabulary.size)
             scored = any(one.scored for one in self.sentences)
             values, tokens, normaliser, flat, attention = model.best(
                 previous, flat, memory, count, scored
             )
             total = normaliser if scored else None
-            chosen = likeliest(values, tokens, total, self.sentences, model.eos_id)
+            chosen = likeliest(values, tokens, total, self.sentences, vocabulary.eos)
         else:
             logits, flat, attention = model.step(previous, flat, memory)
-            logits.index_fill_(2, never, NEVER)
-            chosen = candidates(logits, self.sentences, model.eos_id)
+            if vocabulary.shortlisted:
+                restrict(logits, model.allowed(memory), self.sentences)
+            logits.index_fill_(2, vocabulary.never, NEVER)
+            chosen = candidates(logits, self.sentences, vocabulary.eos)
         shape = previous.shape
         self.state.replace([t.view(*shape, *t.shape[1:]) for t in flat])
         return [
-            one.take(best, model.eos_id, attention[i])
+            one.take(best, vocabulary.eos, attention[i])
             for i, (one, best) in enumerate(zip(self.sentences, chosen))
         ]
 

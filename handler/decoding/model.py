@@ -53,7 +53,8 @@ class SequenceModel(Protocol):
 
 
 class FusedModel(SequenceModel, Protocol):
-    """A model that chooses tokens itself where its `fused` is true: see model/quantized.py."""
+    """A model that chooses tokens itself where its `fused` is true, and has an `allowed` where its
+    `shortlisted` is: see model/quantized.py."""
 
     fused: bool
 

@@ -22,6 +22,8 @@ SCHEMAS = {
     "seq2serve::linear": "(Tensor x, Tensor more, Tensor[] packed, int size, bool tanh) -> Tensor",
     "seq2serve::best": "(Tensor x, Tensor[] packed, int count, bool normalised) -> "
     "(Tensor, Tensor, Tensor)",
+    "seq2serve::listed": "(Tensor x, Tensor rows, Tensor[] packed, Tensor candidates, "
+    "Tensor common, int count, bool normalised) -> (Tensor, Tensor, Tensor)",
     "seq2serve::attend": "(Tensor query, Tensor keys, Tensor values, Tensor mask, int heads) -> "
     "(Tensor, Tensor)",
     "seq2serve::layer": "(Tensor added, Tensor tokens, Tensor table, Tensor lengths, "

@@ -37,7 +37,7 @@ def candidates(logits: Tensor, sentences: list[Sentence], eos: int) -> list[list
         if sentence.options.min_length or sentence.options.no_repeat_ngram_size:
             forbid(logits[i], sentence, eos)
     best = ranked(lambda rows, count: top(logits[rows], count), normaliser, sentences)
-    replaced = forced(logits, sentences) | drawn(logits, sentences, best)
+    replaced = forced(sentences) | drawn(logits, sentences, best)
     for i, token in replaced.items():
         if best[i] and best[i][0][0] != NEVER:
             whole = math.nan
@@ -178,6 +178,16 @@ def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, tokens.gather(2, place)
 
 
+def restrict(logits: Tensor, allowed: Tensor, sentences: list[Sentence]) -> None:
+    """Put tokens that are not allowed at -inf, but for the one that a prefix demands.
+
+    logits: float [N, K, V]; allowed: bool [N, V]; both are changed in place.
+    """
+    for i, token in forced(sentences).items():
+        allowed[i, token] = True
+    logits.masked_fill_(~allowed.unsqueeze(1), NEVER)
+
+
 def penalise_repetition(logits: Tensor, sentence: Sentence) -> None:
     """arXiv 1909.05858, section 4.1; logits [K, V] of one sentence."""
     penalty = sentence.options.repetition_penalty
@@ -212,7 +222,7 @@ def continuations(tokens: list[int], size: int) -> set[int]:
     }
 
 
-def forced(logits: Tensor, sentences: list[Sentence]) -> dict[int, int]:
+def forced(sentences: list[Sentence]) -> dict[int, int]:
     """The token that the prefix of sentence i demands, by i."""
     due = ((i, one.forced) for i, one in enumerate(sentences) if one.prefix)
     return {i: token for i, token in due if token is not None}

@@ -37,7 +37,9 @@ void product(const uint8_t* a, size_t stride, int rows, const int8_t* w, int dep
 }  // namespace
 }  // namespace seq2serve
 
+#include "dots512.h"
+
 #include "body.h"
 
-const seq2serve::Kernels seq2serve::avx512 = {"avx512", quantise, cell,   linear,
-                                              best,     normaliser, attend};
+const seq2serve::Kernels seq2serve::avx512 = {"avx512", quantise, cell,       linear,
+                                              best,     listed,   normaliser, attend};

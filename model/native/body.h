@@ -2,7 +2,12 @@
 //
 //   void product(const uint8_t* a, size_t stride, int rows, const int8_t* w, int depth, int32_t* c)
 //
-// multiplies up to BLOCK rows of bytes by one group of weights: c [rows, 64], without compensation.
+// multiplies up to BLOCK rows of bytes by one group of weights: c [rows, 64], without compensation;
+//
+//   void dots(const uint8_t* a, size_t stride, int rows, const int8_t* const* w, int depth,
+//             int32_t* c)
+//
+// up to BESIDE rows by 64 channels that lie anywhere, [depth] each.
 #include "vector.h"
 
 #include "kernels.h"
@@ -52,6 +57,8 @@ inline void products(const Quantized& x, const Weights& w, int group, const Each
 struct Channels {  // of one group
   Ints compensation[4];
   Floats scale[4], bias[4];
+
+  Channels() = default;
 
   Channels(const Weights& w, int group) {
     for (int p = 0; p < 4; ++p) {
@@ -105,29 +112,57 @@ inline void keep(float value, int64_t token, int count, float* values, int64_t* 
   tokens[place] = token;
 }
 
+// Keeps what is best of one row's sums with a group, and what the normaliser needs of it.
+inline void offer(const Channels& channels, const int32_t* sums, float row_scale, int row,
+                  int group, int groups, const Best& best) {
+  Floats logits[4], most = Floats{} - std::numeric_limits<float>::infinity();
+  for (int p = 0; p < 4; ++p) {
+    logits[p] = channels.of_row(p, sums, row_scale, channels.bias[p]);
+    most = larger(logits[p], most);
+  }
+  const float maximum = greatest(most);
+  float* values = best.values + (size_t)row * best.count;
+  if (maximum > values[best.count - 1])
+    for (int p = 0; p < 4; ++p)
+      for (int i = 0; i < LANES; ++i)
+        if (logits[p][i] > values[best.count - 1])
+          keep(logits[p][i], group * WIDTH + p * LANES + i, best.count, values,
+               best.tokens + (size_t)row * best.count);
+  if (best.maxima == nullptr) return;
+  Floats total = Floats{};
+  if (maximum > -std::numeric_limits<float>::infinity())
+    for (int p = 0; p < 4; ++p) total += exponential(logits[p] - maximum);
+  best.maxima[(size_t)row * groups + group] = maximum;
+  best.sums[(size_t)row * groups + group] = sum(total);
+}
+
 void best(const Quantized& x, const Weights& w, int group, const Best& best) {
   const Channels channels(w, group);
   products(x, w, group, [&](int r, const int32_t* sums) {
-    Floats logits[4], most = Floats{} - std::numeric_limits<float>::infinity();
-    for (int p = 0; p < 4; ++p) {
-      logits[p] = channels.of_row(p, sums, x.scale[r], channels.bias[p]);
-      most = larger(logits[p], most);
-    }
-    const float maximum = greatest(most);
-    float* values = best.values + (size_t)r * best.count;
-    if (maximum > values[best.count - 1])
-      for (int p = 0; p < 4; ++p)
-        for (int i = 0; i < LANES; ++i)
-          if (logits[p][i] > values[best.count - 1])
-            keep(logits[p][i], group * WIDTH + p * LANES + i, best.count, values,
-                 best.tokens + (size_t)r * best.count);
-    if (best.maxima == nullptr) return;
-    Floats total = Floats{};
-    if (maximum > -std::numeric_limits<float>::infinity())
-      for (int p = 0; p < 4; ++p) total += exponential(logits[p] - maximum);
-    best.maxima[(size_t)r * w.groups + group] = maximum;
-    best.sums[(size_t)r * w.groups + group] = sum(total);
+    offer(channels, sums, x.scale[r], r, group, w.groups, best);
   });
+}
+
+void listed(const Quantized& x, const Weights& w, const List& list, int group, const Best& best) {
+  Channels channels;
+  const int8_t* rows[WIDTH];
+  for (int i = 0; i < WIDTH; ++i) {
+    const int place = group * WIDTH + i;
+    const bool there = place < list.count;
+    const int32_t id = there ? list.ids[place] : list.ids[0];
+    rows[i] = list.rows + (size_t)id * w.depth;
+    channels.compensation[i / LANES][i % LANES] = w.compensation[id];
+    channels.scale[i / LANES][i % LANES] = w.scale[id];
+    channels.bias[i / LANES][i % LANES] =
+        there ? w.bias[id] : -std::numeric_limits<float>::infinity();
+  }
+  alignas(64) int32_t c[BESIDE * WIDTH];
+  for (int first = 0; first < x.rows; first += BESIDE) {
+    const int some = x.rows - first < BESIDE ? x.rows - first : BESIDE;
+    dots(x.bytes + (size_t)first * w.depth, w.depth, some, rows, w.depth, c);
+    for (int r = 0; r < some; ++r)
+      offer(channels, c + r * WIDTH, x.scale[first + r], first + r, group, w.groups, best);
+  }
 }
 
 float normaliser(const float* maxima, const float* sums, int groups) {

@@ -53,6 +53,13 @@ struct Best {
   float* sums;     // [rows, groups] of exp(logit - maximum)
 };
 
+// Some channels of a matrix whose weights also lie channel by channel.
+struct List {
+  const int8_t* rows;  // [channels, depth]
+  const int32_t* ids;  // of channels, `count` of them
+  int count;
+};
+
 struct Kernels {
   const char* name;
   // One row -> its bytes, filled up to `depth`, and its scale.
@@ -63,6 +70,10 @@ struct Kernels {
   void (*linear)(const Quantized& x, const Weights& w, int group, int size, bool tanh, float* y);
   // Group g of logits, of which only the best are kept; a channel with a bias of -inf never is.
   void (*best)(const Quantized& x, const Weights& w, int group, const Best& best);
+  // Group g of the logits of a list, as `best`; tokens are places in the list. `w.groups` and the
+  // groups of `best` are those of the list: 64 channels each.
+  void (*listed)(const Quantized& x, const Weights& w, const List& list, int group,
+                 const Best& best);
   // log sum exp of a row, of the groups' maxima and sums.
   float (*normaliser)(const float* maxima, const float* sums, int groups);
   // One query [heads * size] over n keys and values: context [heads * size], mean weights [n].

@@ -205,6 +205,76 @@ std::tuple<Tensor, Tensor, Tensor> best(const Tensor& x, at::TensorList packed, 
   return {values, tokens, normaliser};
 }
 
+// `best` over a list of channels for each sentence: `common` [F], and its own among `candidates`
+// int32 [N, S, C], up to the first zero. Both ascend and have none in common. `rows` int8 [channels,
+// depth] are the weights of `packed` channel by channel. x has equally many rows for each sentence.
+std::tuple<Tensor, Tensor, Tensor> listed(const Tensor& x, const Tensor& rows,
+                                          at::TensorList packed, const Tensor& candidates,
+                                          const Tensor& common, int64_t count, bool normalised) {
+  const int64_t total = x.size(0), inputs = x.size(1);
+  const Weights w = weights(packed, inputs, "listed");
+  TORCH_CHECK(rows.scalar_type() == at::kChar && rows.is_contiguous() && rows.is_cpu() &&
+                  rows.dim() == 2 && rows.size(1) == w.depth && rows.size(0) <= w.groups * WIDTH,
+              "listed: got rows ", rows.sizes(), " for ", w.groups, " groups of depth ", w.depth);
+  TORCH_CHECK(candidates.scalar_type() == at::kInt && candidates.is_cpu() &&
+                  candidates.dim() == 3 && candidates.size(0) > 0 &&
+                  candidates.stride(2) == 1 && candidates.stride(1) == candidates.size(2) &&
+                  total % candidates.size(0) == 0, "listed: got candidates ", candidates.sizes(),
+              " for ", total, " rows");
+  TORCH_CHECK(common.scalar_type() == at::kInt && common.is_cpu() && common.is_contiguous() &&
+                  common.numel() > 0, "listed: common does not fit");
+  const int64_t n = candidates.size(0), k = total / n, channels = rows.size(0);
+  const int64_t most = candidates.size(1) * candidates.size(2), shared = common.numel();
+  TORCH_CHECK(0 < count, "listed: count ", count);
+  const int32_t *own = candidates.const_data_ptr<int32_t>(), *ids = common.const_data_ptr<int32_t>();
+  const auto valid = [&](int32_t id) { return 0 < id && id < channels; };
+  TORCH_CHECK(std::all_of(ids, ids + shared, valid), "listed: common names no channel");
+  int64_t* counted = scratch<int64_t>(n, 1);
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t *first = own + i * candidates.stride(0), *last = std::find(first, first + most, 0);
+    TORCH_CHECK(std::all_of(first, last, valid), "listed: a candidate is no channel of ", channels);
+    counted[i] = last - first;
+  }
+  const Quantized q = quantised(floats(x, "x", {total, inputs}), inputs, nullptr, 0, total, w);
+  Tensor values = at::full({total, count}, -std::numeric_limits<float>::infinity(), x.options());
+  Tensor tokens = at::zeros({total, count}, x.options().dtype(at::kLong));
+  Tensor normaliser = at::empty({normalised ? total : 0}, x.options());
+  float* value = values.mutable_data_ptr<float>();
+  int64_t* token = tokens.mutable_data_ptr<int64_t>();
+  float* logsum = normaliser.mutable_data_ptr<float>();
+  const int8_t* row = rows.const_data_ptr<int8_t>();
+  const Kernels& kernels = fastest();
+  const auto some = [&](int64_t from, int64_t to) {
+    int32_t* list = scratch<int32_t>(shared + most);
+    const int64_t widest = (shared + most + WIDTH - 1) / WIDTH;
+    float* maxima = normalised ? scratch<float>(2 * k * widest, 2) : nullptr;
+    for (int64_t i = from; i < to; ++i) {
+      const int32_t* first = own + i * candidates.stride(0);
+      std::merge(ids, ids + shared, first, first + counted[i], list);
+      const int listed = static_cast<int>(shared + counted[i]);
+      Weights part = w;
+      part.groups = (listed + WIDTH - 1) / WIDTH;
+      float* sums = normalised ? maxima + k * part.groups : nullptr;
+      const int64_t at = i * k;
+      const Quantized rows_of{q.bytes + at * w.depth, q.scale + at, static_cast<int>(k)};
+      const Best best{static_cast<int>(count), value + at * count, token + at * count, maxima, sums};
+      for (int group = 0; group < part.groups; ++group)
+        kernels.listed(rows_of, part, {row, list, listed}, group, best);
+      for (int64_t r = 0; r < k; ++r) {
+        for (int64_t c = (at + r) * count; c < (at + r + 1) * count; ++c) token[c] = list[token[c]];
+        if (normalised)
+          logsum[at + r] = kernels.normaliser(maxima + r * part.groups, sums + r * part.groups,
+                                              part.groups);
+        if (q.scale[at + r] != q.scale[at + r])
+          std::fill(value + (at + r) * count, value + (at + r + 1) * count,
+                    std::numeric_limits<float>::quiet_NaN());
+      }
+    }
+  };
+  shared_out(n, some);
+  return {values, tokens, normaliser};
+}
+
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& values,
                                   const Tensor& mask, int64_t heads) {
   const int64_t n = keys.size(0), s = keys.size(1), width = keys.size(2), k = query.size(1);
@@ -306,6 +376,7 @@ TORCH_LIBRARY_IMPL(seq2serve, CompositeExplicitAutograd, m) {
   m.impl("cell", cell);
   m.impl("linear", linear);
   m.impl("best", best);
+  m.impl("listed", listed);
   m.impl("attend", attend);
   m.impl("layer", layer);
 }
