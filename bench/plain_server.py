@@ -15,8 +15,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import fastapi  # type: ignore[import-not-found]
+import litserve  # type: ignore[import-not-found]
 import sentencepiece
 import torch
+import uvicorn  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 EOS = 3
@@ -120,33 +123,37 @@ class Translator:
         return list(self.target.decode([r[: r.index(EOS)] if EOS in r else r for r in cut]))
 
 
+class Batches(litserve.LitAPI):  # type: ignore[misc]
+    def __init__(self, a: argparse.Namespace) -> None:
+        super().__init__(max_batch_size=a.batch, batch_timeout=a.delay / 1000)
+        self.asked = a
+
+    def setup(self, device: str) -> None:
+        if self.asked.threads:
+            torch.set_num_threads(self.asked.threads)
+        self.translator = Translator(self.asked.folder, self.asked.beam, device)
+
+    def decode_request(self, request: dict[str, Any]) -> str:
+        return str(request["text"])
+
+    def batch(self, inputs: list[str]) -> list[str]:
+        return inputs
+
+    def predict(self, texts: list[str] | str) -> list[str] | str:
+        if isinstance(texts, str):  # LitServe batches nothing where a batch has one request
+            return self.translator.translate([texts])[0]
+        return self.translator.translate(texts)
+
+    def unbatch(self, output: list[str]) -> list[str]:
+        return output
+
+    def encode_response(self, output: str) -> dict[str, str]:
+        return {"translation": output}
+
+
 def serve_litserve(a: argparse.Namespace) -> None:
-    import litserve  # type: ignore[import-not-found]
-
-    class Batches(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            if a.threads:
-                torch.set_num_threads(a.threads)
-            self.translator = Translator(a.folder, a.beam, device)
-
-        def decode_request(self, request: dict[str, Any]) -> str:
-            return str(request["text"])
-
-        def batch(self, inputs: list[str]) -> list[str]:
-            return inputs
-
-        def predict(self, texts: list[str]) -> list[str]:
-            return self.translator.translate(texts)
-
-        def unbatch(self, output: list[str]) -> list[str]:
-            return output
-
-        def encode_response(self, output: str) -> dict[str, str]:
-            return {"translation": output}
-
-    api = Batches(max_batch_size=a.batch, batch_timeout=a.delay / 1000)
     # fast_queue is what LitServe's documentation advises from 100 requests a second on.
-    server = litserve.LitServer(api, accelerator="auto", devices=1, fast_queue=True)
+    server = litserve.LitServer(Batches(a), accelerator="auto", devices=1, fast_queue=True)
     server.run(
         host="127.0.0.1", port=a.port, log_level="warning", generate_client_file=False,
         access_log=False,
@@ -154,9 +161,6 @@ def serve_litserve(a: argparse.Namespace) -> None:
 
 
 def serve_fastapi(a: argparse.Namespace) -> None:
-    import fastapi  # type: ignore[import-not-found]
-    import uvicorn  # type: ignore[import-not-found]
-
     if a.threads:
         torch.set_num_threads(a.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
