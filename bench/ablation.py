@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 from bench.machine import described
-from bench.paper import Training, budget, score
-from training.prepare import prepare
+from bench.paper import Training, learn
 from training.recipe import Recipe, load
 from training.run import Run
-from training.train import Interrupted, train
+from training.train import Interrupted
 
 WHOLE = "recipe"
 # The ingredients of recipes/multi30k_en_de.yaml one by one, then what it does not use.
@@ -59,14 +58,7 @@ def main() -> int:
             Training(name, load(a.recipe, a.data, [*a.common, *CHANGES[name]]), Run(a.runs / name))
             for name in wanted
         ]
-        for one in trainings:
-            if not one.run.report.exists():
-                prepare(one.recipe, one.run.root)
-        print(budget(trainings), file=sys.stderr, flush=True)
-        for one in trainings:
-            if not one.finished:
-                train(one.recipe, one.run)
-            score(one, [one.recipe.scoring.beam_size])
+        learn(trainings, CHANGES, [trainings[0].recipe.scoring.beam_size])
     except Interrupted as stop:
         print(f"ablation: {stop}: give the same command again", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,21 +125,28 @@ def spent(trainings: Sequence[Training]) -> str:
 
 def replicate(trainings: Sequence[Training], runs: Path) -> None:
     """Train and score what is not there yet."""
-    for one in trainings:
-        if not one.run.report.exists():
-            prepare(one.recipe, one.run.root)
-    print(budget(trainings), file=sys.stderr, flush=True)
-    for one in trainings:
-        if not one.finished:
-            print(f"{one.name}: {', '.join(CHANGES[one.name])}", file=sys.stderr, flush=True)
-            train(one.recipe, one.run)
-        score(one, BEAMS)
+    learn(trainings, CHANGES, BEAMS)
     seeds = [one for one in trainings if one.name in REVERSED]
     for name, members, beams in ((PAIR, seeds[:2], BEAMS[-1:]), (ENSEMBLE, seeds, BEAMS)):
         run = Run(runs / name)
         if [sha256(path) for path in run.members] != [sha256(one.run.best) for one in members]:
             ensemble(trainings[0].recipe, run, [one.run for one in members])
         score(Training(name, trainings[0].recipe, run), beams)
+
+
+def learn(
+    trainings: Sequence[Training], changes: Mapping[str, Sequence[str]], beams: Sequence[int]
+) -> None:
+    """Prepare, train and score what is not there yet; `changes` are told, by name."""
+    for one in trainings:
+        if not one.run.report.exists():
+            prepare(one.recipe, one.run.root)
+    print(budget(trainings), file=sys.stderr, flush=True)
+    for one in trainings:
+        if not one.finished:
+            print(f"{one.name}: {', '.join(changes[one.name])}", file=sys.stderr, flush=True)
+            train(one.recipe, one.run)
+        score(one, beams)
 
 
 def budget(trainings: Sequence[Training]) -> str:

@@ -72,6 +72,18 @@ def native_library() -> Path | None:
     return library if native.enable(LIBRARIES) else None
 
 
+@pytest.fixture(params=["avx2", "avx512", "amx"])
+def kernels(request, native_library):
+    """Each kind of kernels that this processor has, in use for a test."""
+    if native_library is None:
+        pytest.skip("no native operators on this machine")
+    fastest = native.enabled()
+    if torch.ops.seq2serve.use(request.param) != request.param:
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    torch.ops.seq2serve.use(fastest)
+
+
 def digits(count: int, seed: int) -> list[str]:
     draw = random.Random(seed)
     return [

@@ -26,18 +26,6 @@ CPU = torch.device("cpu")
 ops = torch.ops.seq2serve
 
 
-@pytest.fixture(params=["avx2", "avx512", "amx"])
-def kernels(request, native_library):
-    """Each kind of kernels that this processor has, in use for a test."""
-    if native_library is None:
-        pytest.skip("no native operators on this machine")
-    fastest = native.enabled()
-    if ops.use(request.param) != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    ops.use(fastest)
-
-
 def test_each_channel_is_rounded_by_its_own_scale() -> None:
     weights, scale = rounded(torch.tensor([[127.0, -63.6, 0.4], [0.0, 0.0, 0.0], [0.5, -1.0, 0.0]]))
     assert weights.tolist() == [[127, -64, 0], [0, 0, 0], [64, -127, 0]]

@@ -196,14 +196,18 @@ def test_what_is_missing_is_said_to_be(tmp_path: Path) -> None:
     assert report(tmp_path / "none", ScoringOptions()).count("not measured yet") == len(FINDINGS)
 
 
+def write_little_text(folder: Path) -> None:
+    write_toy_text(folder, 300)
+    for name in ("validation", "test"):
+        for side in ("src", "tgt"):
+            path = folder / f"{name}.{side}"
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+
+
 def test_it_goes_on_where_it_was_and_decodes_again_only_other_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_toy_text(tmp_path, 300)
-    for name in ("validation", "test"):
-        for side in ("src", "tgt"):
-            path = tmp_path / f"{name}.{side}"
-            path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
+    write_little_text(tmp_path)
     (tmp_path / "toy.yaml").write_text(TOY)
     runs = tmp_path / "runs"
     given = ["--recipe", str(tmp_path / "toy.yaml"), "--runs", str(runs)]
@@ -250,12 +254,8 @@ def test_text_is_needed_to_train_and_a_wrong_folder_is_named(
 def test_ingredients_are_left_out_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_toy_text(tmp_path, 300)
-    for name in ("validation", "test"):
-        for side in ("src", "tgt"):
-            path = tmp_path / f"{name}.{side}"
-            path.write_text("".join(path.read_text().splitlines(keepends=True)[:20]))
-    (tmp_path / "toy.yaml").write_text(TOY + "\n")
+    write_little_text(tmp_path)
+    (tmp_path / "toy.yaml").write_text(TOY)
     runs = tmp_path / "runs"
     monkeypatch.setattr(
         "sys.argv",

@@ -150,17 +150,6 @@ def test_ids_that_are_no_tokens_are_refused(lexicon, common, message) -> None:
         Shortlist(torch.tensor(lexicon), torch.tensor(common, dtype=torch.long), 12)
 
 
-@pytest.fixture(params=["avx2", "avx512", "amx"])
-def kernels(request, native_library):
-    if native_library is None:
-        pytest.skip("no native operators on this machine")
-    fastest = native.enabled()
-    if torch.ops.seq2serve.use(request.param) != request.param:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    torch.ops.seq2serve.use(fastest)
-
-
 def projected(inputs: int, outputs: int) -> tuple[Int8Projection, torch.Tensor]:
     generator = Int8Projection(torch.randn(outputs, inputs), torch.randn(outputs))
     rows = rows_for_native(generator.weight)
