@@ -236,22 +236,35 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch, tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_no_kernel_reaches_beyond_its_buffers(native_library, tmp_path: Path) -> None:
-    """Under AddressSanitizer and UndefinedBehaviorSanitizer, without torch."""
+@pytest.mark.parametrize("emulated", [False, True])
+def test_kernels_stay_within_their_buffers_and_agree(
+    native_library, tmp_path: Path, emulated: bool
+) -> None:
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, without torch; where the processor
+    has no AMX, also with its instructions in plain C++."""
     compiler = shutil.which("g++")
     if native_library is None or compiler is None:
         pytest.skip("no g++ for x86-64 on this machine")
+    here = Path(__file__).parent
     checked = [*COMMON, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = dict(FLAGS)
+    if emulated:
+        checked.append("-DAMX_EMULATED")
+        flags["amx"] = (*FLAGS["avx512"], "-include", str(here / "amx_emulated.h"))
     objects = []
     for name in ("avx2", "avx512", "amx", "dispatch"):
         objects.append(str(tmp_path / f"{name}.o"))
         subprocess.run(
-            [compiler, *checked, *FLAGS[name], "-c", str(SOURCES / f"{name}.cpp"), "-o",
+            [compiler, *checked, *flags[name], "-c", str(SOURCES / f"{name}.cpp"), "-o",
              objects[-1]], check=True,
         )  # fmt: skip
     program = tmp_path / "check"
-    source = Path(__file__).with_name("native_check.cpp")
+    source = here / "native_check.cpp"
     subprocess.run([compiler, *checked, str(source), *objects, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "avx2: 0" in done.stdout
+    told = dict(line.split(": ") for line in done.stdout.splitlines())
+    assert "avx2" in told
+    assert len(set(told.values())) == 1, told
+    if emulated:
+        assert ("amx" in told) == ("avx512" in told)
