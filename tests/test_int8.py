@@ -166,7 +166,6 @@ def test_the_operators_may_come_after_a_model_that_did_without(
     if native_library is None:
         pytest.skip("no native operators on this machine")
     path = tmp_path / "model.pt"
-    native.declare(native.SCHEMAS)
     scripted(quantized(build("attention").float())).save(str(path))
     program = f"""
 import shutil, sys, torch

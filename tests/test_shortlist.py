@@ -232,7 +232,6 @@ def listing(tmp_path_factory, native_library):
         build("attention").float(), Shortlist(lexicon, torch.tensor([EOS, 4]), VOCABULARY)
     )
     path = tmp_path_factory.mktemp("listing") / "model.pt"
-    native.declare(native.SCHEMAS)
     scripted(made).save(str(path))
     made.pack(False, False)
     return [made, load(str(path), CPU)]

@@ -44,7 +44,6 @@ def export(recipe: Recipe, run: Run) -> Path:
     if recipe.export.weights == "int8":
         model = quantized(model, shortlist_of(recipe, run))
         compiled(library(run))
-        native.declare(native.SCHEMAS)
     model.card = json.dumps(card(recipe, run, origin), indent=1, ensure_ascii=False)
     write_atomically(run.model, lambda temporary: scripted(model).save(str(temporary)))
     check(model, run.model)

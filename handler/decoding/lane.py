@@ -125,7 +125,7 @@ class Lane:
         ]
         if not moved:
             return
+        to, origin = torch.tensor(moved, device=self.state.tensors[0].device).unbind(1)
         for t in self.state.tensors:
-            to, origin = torch.tensor(moved, device=t.device).unbind(1)
             flat = t.view(-1, *t.shape[2:])  # [N*K, ...]
             flat.index_copy_(0, to, flat.index_select(0, origin))

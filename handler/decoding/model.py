@@ -74,7 +74,7 @@ def load(path: str, device: torch.device, weights: Weights | None = None) -> Any
         ValueError: a file of another format version, or weights that cannot be had.
     """
     native.enable(Path(path).parent)
-    native.declare(native.SCHEMAS | ONEDNN)
+    native.declare(ONEDNN)
     model = torch.jit.load(path, map_location=device)
     version = getattr(model, "format_version", None)
     if version != FORMAT_VERSION:

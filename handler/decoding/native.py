@@ -54,7 +54,6 @@ def enable(folder: Path) -> str:
     path = folder / library()
     if _kernels or not path.exists():
         return _kernels
-    declare(SCHEMAS)
     try:
         torch.ops.load_library(str(path))
         _kernels = torch.ops.seq2serve.use("")
@@ -71,3 +70,6 @@ def declare(operators: dict[str, str]) -> None:
             if namespace not in _declared:
                 _declared[namespace] = torch.library.Library(namespace, "FRAGMENT")
             torch.library.define(name, schema, lib=_declared[namespace])
+
+
+declare(SCHEMAS)
