@@ -14,7 +14,8 @@ rounds: see `bench.peers.floor`, which tells what it counts and what can go belo
 
     python -m bench.decoding --model MODEL.pt --source-tokenizer source.model --text test.source
 
-measures a trained model at the lengths that it gives: see `bench.peers.static`.
+measures a trained model at the lengths that it gives: see `bench.peers.static`. `--profile` tells
+instead where the time of our own decoding goes.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import described
-from bench.peers import static
+from bench.peers import profiled, static
 from bench.peers.floor import Floor
 from bench.peers.job import SPECIAL, Job, Sizes
 
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is told")
     parser.add_argument("--sentences", type=int, default=512, help="of text: at most this many")
     parser.add_argument("--sentences-at-1", type=int, help="at batch 1, where all take long")
+    parser.add_argument("--profile", action="store_true", help="of ours alone, by operators")
     parser.add_argument("--model", type=Path, help="a trained model.pt, instead of random weights")
     parser.add_argument("--source-tokenizer", type=Path)
     parser.add_argument("--text", type=Path, help="source sentences for --model, one a line")
@@ -72,6 +74,10 @@ def main() -> None:
         return
     if arguments.sentences_at_1 is None:
         arguments.sentences_at_1 = arguments.sentences
+    if arguments.profile:
+        print(f"{described()}; `{command}`\n")
+        profiled.measure(jobs(arguments))
+        return
     print(
         f"{described()}; `{command}`; target tokens a second, {arguments.sentences} sentences "
         f"({arguments.sentences_at_1} at batch 1) of 10 to 30 tokens, {TOKENS} target tokens "
