@@ -23,6 +23,7 @@ from handler.fields import FieldError, read
 from handler.service import ServiceOptions
 from model.quantized import quantized
 from model.serving import scripted
+from model.shortlist import Shortlist
 
 CPU = torch.device("cpu")
 
@@ -138,6 +139,27 @@ def test_what_is_made_of_a_full_engine(model, beam_size):
         assert_same(mine, other, 1e-4)
     steps = len(recorder.replayed) - len(recorder.recorded)
     assert steps > len(recorder.recorded)
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_a_shortlist_holds_in_recorded_steps(beam_size):
+    torch.manual_seed(beam_size)
+    lexicon = torch.randint(4, VOCABULARY, (VOCABULARY, 2))
+    made = quantized(
+        build("attention").float(), Shortlist(lexicon, torch.tensor([EOS, 4]), VOCABULARY)
+    )
+    made.pack(False, False)
+    draw = random.Random(beam_size)
+    sources = [[draw.randrange(4, VOCABULARY) for _ in range(draw.randint(0, 12))] + [EOS]
+               for _ in range(12)]
+    options = DecodingOptions(beam_size=beam_size, max_length=10)
+    recorder = Remembered()
+    expected = decode(Engine(made, 8), sources, options)
+    found = decode(Engine(graphed(made, recorder), 8), sources, options)
+    assert len(recorder.replayed) > len(recorder.recorded) > 0
+    for source, mine, other in zip(sources, found, expected, strict=True):
+        assert mine.results[0].tokens == other.results[0].tokens
+        assert set(mine.results[0].tokens) <= {4, *lexicon[source].flatten().tolist()}
 
 
 def test_two_engines_may_have_one_model(model):
