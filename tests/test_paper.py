@@ -158,6 +158,7 @@ def test_findings_that_hold_are_said_to(tmp_path: Path) -> None:
         (2, FOUR_LAYERS, 8.3, (28.0,)),
         (4, ENSEMBLE, None, (34.0, 33.2, 33.0)),
         (4, ENSEMBLE, None, (32.0, 33.2, 33.0)),
+        (4, ENSEMBLE, None, (33.001, 33.2, 33.0)),
         (5, ENSEMBLE, None, (30.0, 29.9, 29.0)),
         (6, ENSEMBLE, None, (101.5, 101.4, 101.0)),
     ],
