@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from training.evaluate import best_model, perplexity
 from training.learner import Learner
 from training.loading import Loader
 from training.prepare import prepare
-from training.recipe import Recipe, load
+from training.recipe import Recipe, TrainingOptions, load
 from training.run import Run, write_json, write_text
 from training.scoring import score_text
 from training.tokenizer import encoder
@@ -151,7 +151,7 @@ def learn(
 
 def budget(trainings: Sequence[Training]) -> str:
     """Minutes that each training still needs, at the speed of a few updates made now."""
-    speeds: dict[ModelOptions, float] = {}
+    speeds: dict[tuple[ModelOptions, TrainingOptions], float] = {}
     rows: list[str] = []
     total = 0.0
     for one in trainings:
@@ -160,11 +160,12 @@ def budget(trainings: Sequence[Training]) -> str:
             continue
         pairs = TokenPairs.load(one.run.data / "train.tokens")
         tokens = float(pairs.target_lengths().sum()) * one.recipe.training.epochs
-        if one.recipe.model not in speeds:
-            speeds[one.recipe.model] = speed(one, pairs)
-        minutes = (1 - one.done()) * tokens / speeds[one.recipe.model] / 60 * BESIDE
+        alike = one.recipe.model, replace(one.recipe.training, seed=1)
+        if alike not in speeds:
+            speeds[alike] = speed(one, pairs)
+        minutes = (1 - one.done()) * tokens / speeds[alike] / 60 * BESIDE
         total += minutes
-        rows.append(f"  {one.name}: {minutes:.0f} minutes, {speeds[one.recipe.model]:.0f} words/s")
+        rows.append(f"  {one.name}: {minutes:.0f} minutes, {speeds[alike]:.0f} words/s")
     rows.append(f"  in all about {total:.0f} minutes, scoring included")
     return "\n".join(["budget, by the speed of a few updates:", *rows])
 

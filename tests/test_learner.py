@@ -167,7 +167,7 @@ def test_an_update_without_a_number_changes_nothing(
 def test_precision_is_what_pays_or_what_is_asked(
     monkeypatch: pytest.MonkeyPatch, asked: Any, able: bool, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
     options = TrainingOptions(precision=asked)
     with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -24,7 +25,9 @@ from bench.paper_findings import (
     report,
 )
 from handler.integrity import sha256
+from training.prepare import prepare
 from training.recipe import ScoringOptions, load
+from training.run import write_json
 
 TOY = """\
 name: toy
@@ -271,6 +274,25 @@ def test_ingredients_are_left_out_one_by_one(
     assert ablation.main() == 0
     assert capsys.readouterr().out == first
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+def test_each_way_of_training_has_a_budget_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_little_text(tmp_path)
+    (tmp_path / "toy.yaml").write_text(TOY)
+    trainings = []
+    for name, change in (
+        ("once", "seed=1"), ("other_seed", "seed=2"), ("twice", "r_drop=2"), ("over", "seed=3"),
+    ):  # fmt: skip
+        recipe = load(tmp_path / "toy.yaml", str(tmp_path), (f"training.{change}",))
+        trainings.append(paper.Training(name, recipe, paper.Run(tmp_path / name)))
+        prepare(recipe, trainings[-1].run.root)
+    write_json(trainings[-1].run.summary, {})
+    speeds = iter((100.0, 50.0))
+    monkeypatch.setattr(paper, "speed", lambda one, pairs: next(speeds))
+    told = re.findall(r"(\w+): (?:\d+ minutes, (\d+) words/s|finished)", paper.budget(trainings))
+    assert told == [("once", "100"), ("other_seed", "100"), ("twice", "50"), ("over", "")]
 
 
 def test_an_ingredient_that_is_not_known_is_named(monkeypatch, capsys) -> None:
