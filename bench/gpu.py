@@ -8,7 +8,7 @@ Random weights in the sizes of NVIDIA's GNMT (4 + 4 layers of 1,024, vocabulary 
 - Sentences as they come out on the CPU in float32, and sentences alone as beside others. With
   random weights tokens are close to one another, so of half precision only a trained model tells
   the truth: `--model model.pt --source-tokenizer source.model --text test.source`.
-- A step: milliseconds from the tokens chosen last to the next ones in host memory, kernel by kernel
+- A step: milliseconds from the tokens chosen last to the next ones on the device, kernel by kernel
   and replayed as a CUDA graph, beside its floor: the bytes of weights and memory over the bandwidth
   measured here, or the operations over the rate of products measured here, whichever is more.
 - The engine, encoding included: target tokens a second. NVIDIA publishes 29,646 for GNMT v2 with a
@@ -154,8 +154,8 @@ class Bench:
                     )
                     graph = spent[1] if told(models[1], True) == "yes" else None
                     cells = [
-                        weights, str(beam), str(n * beam), f"{1e3 * spent[0]:.3f}",
-                        f"{1e3 * graph:.3f}" if graph else "none", f"{1e3 * floor:.3f}",
+                        weights, str(beam), str(n * beam), f"{1e3 * spent[0]:.3g}",
+                        f"{1e3 * graph:.3g}" if graph else "none", f"{1e3 * floor:.3g}",
                         f"{graph / floor:.1f}" if graph else "", f"{first:.2f}" if graph else "",
                     ]
                     print(f"| {' | '.join(cells)} |", flush=True)

@@ -44,16 +44,19 @@ class Metrics:
         with self._lock:
             self._counts[name, tuple(labels), tuple(labels.values())] += value
 
-    def observe(self, name: str, seconds: float, buckets: Sequence[float]) -> None:
-        """Add to the histogram `name`: counters name_bucket, name_sum and name_count, which is
-        what Prometheus makes of its own histograms. TorchServe's have fixed buckets, and take a
-        line for each observation."""
+    def observe(
+        self, name: str, seconds: float, buckets: Sequence[float], times: int = 1
+    ) -> None:
+        """Add to the histogram `name` so many times: counters name_bucket, name_sum and
+        name_count, which is what Prometheus makes of its own histograms. TorchServe's have fixed
+        buckets, and take a line for each observation."""
         with self._lock:
             for bound in buckets:
-                self._counts[f"{name}_bucket", ("le",), (f"{bound:g}",)] += seconds <= bound
-            self._counts[f"{name}_bucket", ("le",), ("+Inf",)] += 1
-            self._counts[f"{name}_sum", (), ()] += seconds
-            self._counts[f"{name}_count", (), ()] += 1
+                within = times if seconds <= bound else 0
+                self._counts[f"{name}_bucket", ("le",), (f"{bound:g}",)] += within
+            self._counts[f"{name}_bucket", ("le",), ("+Inf",)] += times
+            self._counts[f"{name}_sum", (), ()] += times * seconds
+            self._counts[f"{name}_count", (), ()] += times
 
     def tell(self, sink: Sink, gauges: dict[str, float]) -> None:
         """Give `sink` what was counted since the last call, and the gauges that have changed."""

@@ -15,7 +15,7 @@ from typing import Literal
 
 from handler.answer import Narrator, Part, Stream, event, prefixed
 from handler.decoding import Engine, Event
-from handler.decoding.engine import failed
+from handler.decoding.engine import STEPS, failed
 from handler.decoding.model import Weights
 from handler.decoding.options import DecodingOptions
 from handler.doors import Door, Native
@@ -154,9 +154,10 @@ class Service:
                 reply = self.begin(one, started)
                 if reply is not None:
                     replies[one.id] = reply
+        until = started + self.options.round_ms / 1000
         while not self.engine.idle:
-            self.step()
-            if self.clock() - started >= self.options.round_ms / 1000:
+            self.step(until)
+            if self.clock() >= until:
                 break
         for key, pending in self.pending.items():
             reply = self.told(pending)
@@ -167,17 +168,18 @@ class Service:
                 self.settle(self.pending.pop(key, None), reply)
         return [replies.get(one.id) for one in live]
 
-    def step(self) -> None:
-        """One token of every live sentence."""
-        before = self.clock()
+    def step(self, until: float) -> None:
+        """A few tokens of every live sentence, while there is time."""
+        before, made = self.clock(), self.engine.steps
         try:
-            events = self.engine.advance()
+            events = self.engine.advance(STEPS, until)
         except Exception as error:  # the engine minds its model's errors; this is one of its own
             logger.exception("decoding failed")
             self.engine.clear()
             events = [failed(sentence, error) for sentence in self.owner]
         now = self.clock()
-        self.metrics.observe("step_seconds", now - before, STEP_BUCKETS)
+        made = max(1, self.engine.steps - made)
+        self.metrics.observe("step_seconds", (now - before) / made, STEP_BUCKETS, made)
         for one in events:
             pending = self.owner.pop(one.sentence)
             pending.ended[one.sentence] = one

@@ -28,22 +28,27 @@ from model.shortlist import Shortlist
 CPU = torch.device("cpu")
 
 
+def flat(best):
+    return [*best[:3], *best[3], best[4]]
+
+
 def spoilt(outputs):
-    for t in (outputs.report, *outputs.state, outputs.attention):
-        t.fill_(-1 if t.dtype == torch.int32 else float("nan"))
+    for t in flat(outputs):
+        t.fill_(float("nan") if t.is_floating_point() else -1)
 
 
 class Remembered:
     """A recorder that needs no GPU. Recordings share memory: a replay spoils the outputs of all
-    others. What is fetched is there once it has been waited for, and not before."""
+    others."""
 
     def __init__(self):
         self.recorded, self.replayed = [], []
 
     def record(self, function):
-        first = function()
+        values, tokens, normaliser, state, attention = function()
         outputs = Outputs(
-            first.report.clone(), [t.clone() for t in first.state], first.attention.clone()
+            values.clone(), tokens.clone(), normaliser.clone(), [t.clone() for t in state],
+            attention.clone(),
         )
         spoilt(outputs)
         number = len(self.recorded)
@@ -53,17 +58,10 @@ class Remembered:
             self.replayed.append(number)
             for other in self.recorded:
                 spoilt(other)
-            now = function()
-            outputs.report.copy_(now.report)
-            for old, new in zip(outputs.state, now.state, strict=True):
+            for old, new in zip(flat(outputs), flat(function()), strict=True):
                 old.copy_(new)
-            outputs.attention.copy_(now.attention)
 
         return Recording(outputs, replay)
-
-    def fetch(self, report, host):
-        host.fill_(-1)
-        return lambda: host.copy_(report)
 
 
 class Refusing(Remembered):
@@ -87,7 +85,7 @@ def graphed(model, recorder=None):
 
 def same(got, expected):
     """Both of `best`: padding of the source and of rows moves the last digits of sums."""
-    for mine, other in zip((*got[:3], *got[3], got[4]), (*expected[:3], *expected[3], expected[4])):
+    for mine, other in zip(flat(got), flat(expected), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
@@ -239,10 +237,6 @@ def test_rows_that_fill_a_bucket_up_are_never_read(model):
     assert one.best(previous, state, memory, 4, True)[0].isnan().all()
     assert len(recorder.recorded) == 1
     assert all(map(torch.equal, flat(one.best(*given, 4, True)), clean))
-
-
-def flat(best):
-    return [*best[:3], *best[3], best[4]]
 
 
 def test_the_state_outlasts_later_steps(model):

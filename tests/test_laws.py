@@ -111,9 +111,23 @@ class Watched(Engine):
     """Its clock counts steps, and it knows in which one a sentence began."""
 
     def __init__(self, model, rows):
-        super().__init__(model, rows, clock=lambda: self.now)
+        super().__init__(model, rows, clock=self.tick)
         self.now = 0
+        self.between = False  # two steps of one call, where the clock is read once
         self.began = {}
+
+    def tick(self):
+        self.now += self.between
+        return self.now
+
+    def step(self, *arguments):
+        started, self.between = self.now, True
+        try:
+            made = super().step(*arguments)
+        finally:
+            self.now, self.between = started, False
+        self.now += made - 1
+        return made
 
     def expire(self):
         self.now += 1

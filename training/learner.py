@@ -138,10 +138,10 @@ def copies(options: TrainingOptions) -> int:
 
 
 def precision(options: TrainingOptions, device: torch.device, network: Network) -> torch.dtype:
-    """The dtype of products. bf16 pays where a processor multiplies it: GPUs since Ampere, CPUs with
-    AVX512_BF16 (all that have AMX, and AMD's since Zen 4). On these an update of five million
-    weights takes two thirds of the time, while one of the demo's network takes longer: what it
-    saves in products it spends on compiling kernels."""
+    """The dtype of products. bf16 pays where a processor multiplies it: GPUs since Ampere, and
+    CPUs with AVX512_BF16 (all that have AMX, and AMD's since Zen 4). On these an update of five
+    million weights takes two thirds of the time, while one of the demo's network takes longer:
+    what it saves in products it spends on compiling kernels."""
     if options.precision == "auto":
         if device.type == "cuda":
             half = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -26,6 +26,7 @@ from handler.decoding.sentence import Event, Sentence
 logger = logging.getLogger(__name__)
 
 ENCODED_AHEAD = 16  # sentences; see `Engine.fill`
+STEPS = 16  # that callers ask for at once, between two looks of theirs at what has ended
 TURN = 4  # beside others, a client with much to translate gets a quarter of the turns
 
 
@@ -95,6 +96,7 @@ class Engine:
         self.ids = itertools.count()
         self.sentences: dict[int, Sentence] = {}  # live and waiting
         self.waiting: list[tuple[int, int]] = []  # heap of (turn, id); cancelled ones are skipped
+        self.steps = 0  # that have been made
         self.begun_count = 0  # sentences that have left the queue
         self.rows_in_use = 0  # of live sentences; those that a beam is about to need included
         self.live_count = 0
@@ -212,23 +214,25 @@ class Engine:
         return self.sentences[sentence].committed()
 
     @torch.inference_mode()
-    def advance(self, steps: int = 1) -> list[Event]:
-        """Fill free rows from the queue and decode up to `steps` tokens of every live sentence.
+    def advance(self, steps: int = 1, until: float = math.inf) -> list[Event]:
+        """Fill free rows from the queue and decode up to `steps` tokens of every live sentence;
+        fewer, but one, where the clock comes to `until` before.
 
         A failure of the model (out of memory, say) ends the sentences it was working on, each
         with its error, and leaves the engine usable.
         """
         events: list[Event] = []
-        for _ in range(steps):
+        last = self.steps + steps
+        while self.steps < last and not self.idle:
             events += self.expire()
             events += self.fill()
             moves: list[Move] = []
+            self.lanes = {key: lane for key, lane in self.lanes.items() if lane.sentences}
+            most = last - self.steps if len(self.lanes) == 1 else 1  # all lanes go equally far
+            made = 1
             for key, lane in list(self.lanes.items()):
-                if not lane.sentences:
-                    del self.lanes[key]
-                    continue
                 try:
-                    self.step(lane, events, moves)
+                    made = self.step(lane, events, moves, most, until)
                 except RuntimeError as error:
                     logger.exception("a decoding step failed")
                     for one in lane.sentences:
@@ -238,7 +242,8 @@ class Engine:
             events += self.settle(moves)
             for event in events:
                 self.sentences.pop(event.sentence, None)
-            if self.idle:
+            self.steps += made
+            if self.clock() >= until:
                 break
         return events
 
@@ -302,7 +307,9 @@ class Engine:
 
     def lane(self, width: int, sentence: Sentence) -> Lane:
         fused = self.fused and sentence.plain
-        return self.lanes.setdefault((width, fused), Lane(width, fused))
+        if (width, fused) not in self.lanes:
+            self.lanes[width, fused] = Lane(self.model, self.vocabulary, width, fused)
+        return self.lanes[width, fused]
 
     def encode(self) -> list[Event]:
         """Encode the sentences whose turn is next."""
@@ -324,14 +331,18 @@ class Engine:
         self.encoded = Encoded(new, [t.unsqueeze(1) for t in state], memory.attended)
         return []
 
-    def step(self, lane: Lane, events: list[Event], moves: list[Move]) -> None:
-        """One token for every row of a lane.
+    def step(
+        self, lane: Lane, events: list[Event], moves: list[Move], most: int, until: float
+    ) -> int:
+        """One token for every row of a lane; up to `most` where nothing ends and there is time.
+        Returns how many.
 
         What ends is told in `events` as it leaves the lane, and what changes its width in `moves`,
         so that a failure on the way loses nothing.
         """
         first = len(events)
-        parents = lane.step(self.model, self.memory, self.vocabulary)
+        until = min(until, self.next_deadline)
+        parents, made = lane.step(self.memory, most, lambda: self.clock() < until)
         for i in reversed(range(len(lane.sentences))):  # removing one moves the last
             one = lane.sentences[i]
             if one.ended:
@@ -347,6 +358,7 @@ class Engine:
             parents[i] = parents[-1]
             parents.pop()
         lane.reorder(parents)
+        return made
 
     def settle(self, moves: list[Move]) -> list[Event]:
         """Put sentences into the lane of as many hypotheses as they have now; after all lanes have

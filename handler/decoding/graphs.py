@@ -6,9 +6,8 @@ step reads is copied into buffers of a bucket, a size that many shapes share, an
 those that live are computed from whatever lies there and never read. No operation mixes sentences,
 so nothing of them reaches another row.
 
-What remains of each step: the lane's upload of the tokens chosen last; one wait, for what was
-chosen, which comes in one copy to pinned memory while the state is copied out; an upload of places
-where a beam reorders. Tokens are read after every step: the engine decides there what has ended.
+Nothing waits for the device: what a step chose is there, and the engine feeds it to the next one
+(multistep.py) before it reads several steps at once.
 """
 
 import logging
@@ -29,18 +28,14 @@ TOLERANCE = 0.05  # of logits, between a replay and the step that it was recorde
 BLOCK = 64  # logits that the first stage of the choice looks at together
 LAST = 0x7FFFFFFF  # of int32
 
-Best = tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]  # see `GraphedModel.best`
-
 
 class Outputs(NamedTuple):
-    """What a step leaves on the device, for N sentences of K hypotheses.
+    """What a step leaves on the device, for N sentences of K hypotheses: see `GraphedModel.best`.
+    state: [N*K, ...]; attention: [N, K, S]."""
 
-    report: int32 [N, K, 2 * count + normalised]: the bits of the greatest logits, their tokens, the
-        bits of the normaliser; all that is read at once.
-    state: [N*K, ...]; attention: [N, K, S].
-    """
-
-    report: Tensor
+    values: Tensor
+    tokens: Tensor
+    normaliser: Tensor
     state: list[Tensor]
     attention: Tensor
 
@@ -60,10 +55,6 @@ class Recorder(Protocol):
         """Raises RuntimeError where it cannot be."""
         ...
 
-    def fetch(self, report: Tensor, host: Tensor) -> Callable[[], None]:
-        """Begin a copy into host memory; what is returned waits for its end."""
-        ...
-
 
 class CudaGraphs:
     """CUDA's own recordings. They share one pool of memory, as only one is replayed at a time."""
@@ -73,7 +64,6 @@ class CudaGraphs:
         with torch.cuda.device(device):
             self.pool = torch.cuda.graph_pool_handle()
             self.stream = torch.cuda.Stream()
-            self.copied = torch.cuda.Event()
 
     def record(self, function: Callable[[], Outputs]) -> Recording:
         current = torch.cuda.current_stream(self.device)
@@ -90,11 +80,6 @@ class CudaGraphs:
                 outputs = function()
         return Recording(outputs, graph.replay)
 
-    def fetch(self, report: Tensor, host: Tensor) -> Callable[[], None]:
-        host.copy_(report, non_blocking=True)
-        self.copied.record(torch.cuda.current_stream(self.device))
-        return self.copied.synchronize
-
 
 class Graph:
     """The step of one bucket: buffers that it reads, and its recording.
@@ -106,7 +91,6 @@ class Graph:
 
     outputs: Outputs  # once recorded, as what follows
     replay: Callable[[], None]
-    host: Tensor  # `outputs.report` in host memory
 
     def __init__(
         self, sentences: int, source: int, previous: Tensor, state: list[Tensor], memory: Any
@@ -142,27 +126,20 @@ class Graph:
         def function() -> Outputs:
             return step(self.previous, self.state, self.memory, count, normalised)
 
-        expected = logits_of(function().report[:n], count).clone()
+        expected = function().values[:n].clone()
         self.outputs, self.replay = recorder.record(function)
         self.replay()
-        found = logits_of(self.outputs.report[:n], count)
+        found = self.outputs.values[:n]
         if not torch.allclose(found, expected, TOLERANCE, TOLERANCE, equal_nan=True):
             raise RuntimeError("a replay gives other logits than the step it was recorded from")
-        report = self.outputs.report
-        self.host = torch.empty(report.shape, dtype=report.dtype, pin_memory=report.is_cuda)
 
-    def read(
-        self, recorder: Recorder, n: int, length: int
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """What the replay left of the first `n` sentences: the report, in host memory, and the
-        attention, which last until the next step; the state, which lasts."""
-        host = self.host[:n]
-        wait = recorder.fetch(self.outputs.report[:n], host)
-        left = [t[: n * self.previous.size(1)] for t in self.outputs.state]
+    def read(self, n: int, length: int) -> Outputs:
+        """What the replay left of the first `n` sentences; the state is a copy."""
+        values, tokens, normaliser, state, attention = self.outputs
+        left = [t[: n * self.previous.size(1)] for t in state]
         state = [torch.empty_like(t) for t in left]
         torch._foreach_copy_(state, left)
-        wait()
-        return host, state, self.outputs.attention[:n, :, :length]
+        return Outputs(values[:n], tokens[:n], normaliser[:n], state, attention[:n, :, :length])
 
 
 class GraphedModel:
@@ -178,6 +155,7 @@ class GraphedModel:
     """
 
     fused = True
+    unseen = 8  # steps that are made before what they chose is read
 
     def __init__(self, model: Any, device: torch.device, recorder: Recorder | None) -> None:
         self.recorder = recorder
@@ -204,23 +182,16 @@ class GraphedModel:
     @torch.inference_mode()
     def best(
         self, previous: Tensor, state: list[Tensor], memory: Any, count: int, normalised: bool
-    ) -> Best:
+    ) -> Outputs:
         """The greatest `count` logits of each row [N, K, count], best first and equals by id, their
-        tokens, and where asked for the log sum exp of all [N, K] (else empty), in host memory; then
-        the state and the attention [N, K, S] as of `step`. All but the state last until the next
-        call."""
-        n, length = previous.size(0), length_of(memory)
+        tokens, and where asked for the log sum exp of all [N, K] (else empty); then the state and
+        the attention [N, K, S] as of `step`. All on the device, where they may still be computed,
+        and all but the state last until the next call."""
         graph = self.graph(previous, state, memory, count, normalised)
-        if graph is None or self.recorder is None:
-            outputs = self.computed(previous, state, memory, count, normalised)
-            report, state, attention = outputs.report.cpu(), outputs.state, outputs.attention
-        else:
-            graph.replay()
-            report, state, attention = graph.read(self.recorder, n, length)
-        tokens = report[:, :, count : 2 * count].long()
-        normaliser = report[:, :, 2 * count :].view(torch.float32)
-        total = normaliser.squeeze(2) if normalised else normaliser.flatten()
-        return logits_of(report, count), tokens, total, state, attention
+        if graph is None:
+            return self.computed(previous, state, memory, count, normalised)
+        graph.replay()
+        return graph.read(previous.size(0), length_of(memory))
 
     def graph(
         self, previous: Tensor, state: list[Tensor], memory: Any, count: int, normalised: bool
@@ -259,19 +230,13 @@ class GraphedModel:
         if self.shortlisted:
             logits.masked_fill_(~self.allowed(memory).unsqueeze(1), float("-inf"))
         values, tokens = greatest(logits, count)
-        report = [values.view(torch.int32), tokens.int()]
-        if normalised:
-            report.append(logits.logsumexp(2, keepdim=True).view(torch.int32))
-        return Outputs(torch.cat(report, 2), state, attention)
+        normaliser = logits.logsumexp(2) if normalised else values.new_empty(0)
+        return Outputs(values, tokens, normaliser, state, attention)
 
 
 def length_of(memory: Any) -> int:
     """S; 0 of a model without attention."""
     return memory.attended[0].size(1) if memory.attended else 0
-
-
-def logits_of(report: Tensor, count: int) -> Tensor:
-    return report[:, :, :count].view(torch.float32)
 
 
 def bucket(size: int, least: int = 1) -> int:

@@ -1,14 +1,31 @@
 """The live sentences that have equally many hypotheses, and their rows."""
 
+import functools
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from handler.decoding.multistep import Search, multistep
 from handler.decoding.rows import Rows
-from handler.decoding.selection import candidates, likeliest, needed, restrict
+from handler.decoding.selection import (
+    Candidate,
+    any_short,
+    candidates,
+    likeliest,
+    listed,
+    needed,
+    normalisers,
+    restrict,
+    top,
+    without,
+)
 from handler.decoding.sentence import NEVER, Sentence
+
+Made = tuple[list[list[Candidate]], Tensor]  # candidates of each sentence; attention [N, K, S]
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +33,8 @@ class Vocabulary:
     """What every step asks of a model, which a scripted module would answer slowly.
 
     never: ids that no text has, on the model's device. shortlisted: whether the model has
-    `allowed`, which says what each sentence may become.
+    `allowed`, which says what each sentence may become. unseen: steps that are made before what
+    they chose is read, where reading waits for a device; 0 where it costs nothing.
     """
 
     bos: int
@@ -24,12 +42,14 @@ class Vocabulary:
     size: int
     never: Tensor
     shortlisted: bool
+    unseen: int
 
     @classmethod
     def of(cls, model: Any, device: torch.device) -> "Vocabulary":
         never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
         shortlisted = bool(getattr(model, "shortlisted", False))
-        return cls(model.bos_id, model.eos_id, model.target_vocabulary, never, shortlisted)
+        unseen = int(getattr(model, "unseen", 0))
+        return cls(model.bos_id, model.eos_id, model.target_vocabulary, never, shortlisted, unseen)
 
 
 class Lane:
@@ -38,11 +58,15 @@ class Lane:
     State is kept as [N, K, ...], so that a sentence comes and goes with all its rows.
 
     Args:
+        model: a `SequenceModel`; a `FusedModel` where the lane is fused.
+        width: K.
         fused: the model chooses the best tokens of each row itself (`best`), which only `plain`
             sentences can do with.
     """
 
-    def __init__(self, width: int, fused: bool = False) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, width: int, fused: bool) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
         self.width = width
         self.fused = fused
         self.sentences: list[Sentence] = []
@@ -72,46 +96,125 @@ class Lane:
         if i < len(self.sentences):
             self.sentences[i] = last
 
-    def step(self, model: Any, memory: Any, vocabulary: Vocabulary) -> list[list[int]]:
-        """One token for every row.
+    def step(
+        self, memory: Any, steps: int, in_time: Callable[[], bool]
+    ) -> tuple[list[list[int]], int]:
+        """One token for every row, or up to `steps` where no sentence ends before.
 
         Args:
-            model: a `SequenceModel`; a `FusedModel` where the lane is fused.
             memory: an empty memory of the model's own type.
-            vocabulary: of the model.
+            in_time: whether there is time for another step.
 
         Returns:
-            For each sentence the parents of its new hypotheses, none where it ended. The state is
-            not yet in their order: see `reorder`.
+            For each sentence the parents of its new hypotheses, none where it ended; and how many
+            steps were made. The state is not yet in their order: see `reorder`.
         """
         longest = max(len(one.source) for one in self.sentences)
         last = [
-            [h.tokens[-1] if h.tokens else vocabulary.bos for h in one.live]
+            [h.tokens[-1] if h.tokens else self.vocabulary.bos for h in one.live]
             for one in self.sentences
         ]
-        previous = torch.tensor(last, device=vocabulary.never.device)  # [N, K]
+        previous = torch.tensor(last, device=self.vocabulary.never.device)  # [N, K]
         memory = memory._replace(attended=self.attended.live(longest))
-        flat = [t.flatten(0, 1) for t in self.state.live()]  # [N*K, ...]
-        if self.fused:
-            count = min(needed(self.sentences), vocabulary.size)
-            scored = any(one.scored for one in self.sentences)
-            values, tokens, normaliser, flat, attention = model.best(
-                previous, flat, memory, count, scored
-            )
-            total = normaliser if scored else None
-            chosen = likeliest(values, tokens, total, self.sentences, vocabulary.eos)
+        state = [t.flatten(0, 1) for t in self.state.live()]  # [N*K, ...]
+        steps = min(steps, self.steady())
+        if steps > 1:
+            made, state = self.several(previous, state, memory, steps, in_time)
         else:
-            logits, flat, attention = model.step(previous, flat, memory)
-            if vocabulary.shortlisted:
-                restrict(logits, model.allowed(memory), self.sentences)
-            logits.index_fill_(2, vocabulary.never, NEVER)
-            chosen = candidates(logits, self.sentences, vocabulary.eos)
-        shape = previous.shape
-        self.state.replace([t.view(*shape, *t.shape[1:]) for t in flat])
-        return [
-            one.take(best, vocabulary.eos, attention[i])
-            for i, (one, best) in enumerate(zip(self.sentences, chosen))
-        ]
+            made, state = self.single(previous, state, memory)
+        self.state.replace([t.view(*previous.shape, *t.shape[1:]) for t in state])
+        parents: list[list[int]] = [[] for _ in self.sentences]
+        for chosen, attention in made:
+            for i, one in enumerate(self.sentences):
+                if not one.ended:
+                    parents[i] = one.take(chosen[i], self.vocabulary.eos, attention[i])
+        return parents, len(made)
+
+    def single(
+        self, previous: Tensor, state: list[Tensor], memory: Any
+    ) -> tuple[list[Made], list[Tensor]]:
+        """One step, whatever the sentences ask for."""
+        if self.fused:
+            count = min(needed(self.sentences), self.vocabulary.size)
+            scored = any(one.scored for one in self.sentences)
+            values, tokens, total, state, attention = self.model.best(
+                previous, state, memory, count, scored
+            )
+            chosen = likeliest(
+                values, tokens, total if scored else None, self.sentences, self.vocabulary.eos
+            )
+        else:
+            logits, state, attention = self.logits(previous, state, memory)
+            chosen = candidates(logits, self.sentences, self.vocabulary.eos)
+        return [(chosen, attention)], state
+
+    def logits(
+        self, previous: Tensor, state: list[Tensor], memory: Any
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """A step of the model, with what no sentence may become at -inf."""
+        logits, state, attention = self.model.step(previous, state, memory)
+        if self.vocabulary.shortlisted:
+            restrict(logits, self.model.allowed(memory), self.sentences)
+        logits.index_fill_(2, self.vocabulary.never, NEVER)
+        return logits, state, attention
+
+    def steady(self) -> int:
+        """For how many steps all sentences are `plain` and stay in this lane unless they end, and
+        none of them becomes one that may end; 1 where it is not so."""
+        fewest = sys.maxsize
+        for one in self.sentences:
+            if not one.plain or one.width != self.width:
+                return 1
+            made = len(one.live[0].tokens)
+            fewest = min(fewest, (one.options.min_length if one.short else one.max_length) - made)
+        return fewest
+
+    def several(
+        self,
+        previous: Tensor,
+        state: list[Tensor],
+        memory: Any,
+        steps: int,
+        in_time: Callable[[], bool],
+    ) -> tuple[list[Made], list[Tensor]]:
+        """Up to `steps` steps, for as many as the lane is `steady`."""
+        device, blind = previous.device, self.vocabulary.unseen > 0
+        search = Search.of(self.sentences, self.vocabulary.eos, blind, device)
+        best = functools.partial(self.best, memory, search, any_short(self.sentences, device))
+        if blind:
+            steps = min(steps, self.vocabulary.unseen)
+        made, state = multistep(best, previous, state, search, steps, in_time)
+        values, tokens = made.values.tolist(), made.tokens.tolist()
+        parents = [None] * len(values) if made.parents is None else made.parents.tolist()
+        attention = made.attention or [previous] * len(values)  # which nobody reads
+        chosen = [listed(self.sentences, *one) for one in zip(values, parents, tokens)]
+        return list(zip(chosen, attention)), state
+
+    def best(
+        self,
+        memory: Any,
+        search: Search,
+        short: Tensor | None,
+        previous: Tensor,
+        state: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor], Tensor]:
+        """See `multistep`; `short` sentences [N, 1, 1] must not end."""
+        eos, count, scored = self.vocabulary.eos, search.count, search.scores is not None
+        if self.fused:
+            more = count if short is None else count + 1
+            values, tokens, total, state, attention = self.model.best(
+                previous, state, memory, min(more, self.vocabulary.size), scored
+            )
+            if short is not None:
+                values, tokens = without(eos, short, values, tokens)
+                values, tokens = values[:, :, :count], tokens[:, :, :count]
+            return values, tokens, total if scored else None, state, attention
+        logits, state, attention = self.logits(previous, state, memory)
+        normaliser = normalisers(logits) if scored else None
+        if short is not None:
+            logits[:, :, eos].masked_fill_(short.squeeze(2), NEVER)
+        values, tokens = top(logits, count)
+        return values, tokens, normaliser, state, attention
 
     def reorder(self, parents: list[list[int]]) -> None:
         """Put each sentence's rows into the order of its hypotheses; rows that stay where they

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from handler.decoding.engine import Engine
+from handler.decoding.engine import STEPS, Engine
 from handler.decoding.options import DecodingOptions
 from handler.decoding.sentence import Event
 
@@ -43,7 +43,7 @@ def in_order(
             queue.extend(zip(read, named))
         if not queue:
             return
-        ended |= {event.sentence: event for event in engine.advance()}
+        ended |= {event.sentence: event for event in engine.advance(STEPS)}
         while queue and all(sentence in ended for sentence in queue[0][1]):
             item, sentences = queue.popleft()
             yield item, [ended.pop(sentence) for sentence in sentences]

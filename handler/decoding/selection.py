@@ -1,5 +1,6 @@
 """From the logits of rows to the candidates of each sentence."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -63,17 +64,27 @@ def likeliest(
 ) -> list[list[Candidate]]:
     """`candidates` of sentences that are `plain`, from the greatest logits of each row [N, K, C],
     best first, their tokens, and the normaliser of all [N, K], where any sentence needs it."""
-    short = [one.short for one in sentences]
-    if any(short):
-        forbidden = (tokens == eos) & torch.tensor(short, device=tokens.device).view(-1, 1, 1)
-        allowed = values.masked_fill(forbidden, NEVER)
-        values, order = torch.sort(allowed, stable=True, dim=2, descending=True)
-        tokens = tokens.gather(2, order)
+    short = any_short(sentences, tokens.device)
+    if short is not None:
+        values, tokens = without(eos, short, values, tokens)
     return ranked(
         lambda rows, count: (values[rows, :, :count], tokens[rows, :, :count]),
         normaliser,
         sentences,
     )
+
+
+def any_short(sentences: list[Sentence], device: torch.device) -> Tensor | None:
+    """bool [N, 1, 1]: which sentences must not end here; None where all may."""
+    short = [one.short for one in sentences]
+    return torch.tensor(short, device=device).view(-1, 1, 1) if any(short) else None
+
+
+def without(token: int, where: Tensor, values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and tokens [N, K, C], best first, with `token` at -inf and last in rows `where`."""
+    allowed = values.masked_fill((tokens == token) & where, NEVER)
+    values, order = torch.sort(allowed, stable=True, dim=2, descending=True)
+    return values, tokens.gather(2, order)
 
 
 def ranked(
@@ -87,17 +98,10 @@ def ranked(
         top_of: the greatest `count` logits of some sentences [n, K, count], and their tokens.
         normaliser: of each row [N, K], where any sentence needs it.
     """
-    scored = [one.scored for one in sentences]
     offsets = None
     if normaliser is not None:
-        so_far = torch.tensor(
-            [[h.log_probability if one.scored else 0.0 for h in one.live] for one in sentences],
-            device=normaliser.device, dtype=normaliser.dtype,
-        )  # [N, K]
-        offsets = (so_far - normaliser).unsqueeze(2)  # [N, K, 1]
-        if not all(scored):
-            known = torch.tensor(scored, device=normaliser.device).view(-1, 1, 1)
-            offsets = torch.where(known, offsets, 0.0)
+        so_far, known = log_probabilities(sentences, normaliser.device)
+        offsets = raised(so_far, normaliser, known)
     # Apart by how many are considered: among equals, top-k's choice depends on k.
     groups: dict[int, list[int]] = {}
     for i, one in enumerate(sentences):
@@ -106,36 +110,73 @@ def ranked(
     for count, members in groups.items():
         rows: slice | list[int] = members if len(groups) > 1 else slice(None)  # without copies
         values, tokens = top_of(rows, count)
-        found = best_of(values, tokens, None if offsets is None else offsets[rows], count)
+        values, parents, tokens = best_of(
+            values, tokens, None if offsets is None else offsets[rows], count
+        )
+        found = listed(
+            [sentences[i] for i in members],
+            values.tolist(), None if parents is None else parents.tolist(), tokens.tolist(),
+        )  # fmt: skip
         for i, of_one in zip(members, found):
-            value = of_one[0][0]
-            if math.isnan(value) or value == math.inf:
-                continue
-            if not scored[i] and value != NEVER:
-                of_one = [(math.nan, 0, of_one[0][2])]
             best[i] = of_one
     return best
 
 
+def log_probabilities(
+    sentences: list[Sentence], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Of the live hypotheses, double [N, K]; and which sentences they are known of, bool [N, 1, 1],
+    or None for all of them."""
+    so_far = torch.tensor(
+        [[h.log_probability if one.scored else 0.0 for h in one.live] for one in sentences],
+        device=device, dtype=torch.double,
+    )  # fmt: skip
+    scored = [one.scored for one in sentences]
+    if all(scored):
+        return so_far, None
+    return so_far, torch.tensor(scored, device=device).view(-1, 1, 1)
+
+
+def raised(so_far: Tensor, normaliser: Tensor, known: Tensor | None) -> Tensor:
+    """What makes logits the log probability of the whole [N, K, 1]; 0 where it is not `known`."""
+    offsets = (so_far.to(normaliser.dtype) - normaliser).unsqueeze(2)
+    return offsets if known is None else torch.where(known, offsets, 0.0)
+
+
 def best_of(
     values: Tensor, tokens: Tensor, offsets: Tensor | None, count: int
-) -> list[list[Candidate]]:
-    """For each sentence the best `count` of values [N, K, C] + offsets [N, K, 1]; values are best
-    first, and NaN is greatest."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """For each sentence the best `count` of values [N, K, C] + offsets [N, K, 1], their rows (None
+    where K is 1) and their tokens, [N, count] each; values are best first, and NaN is greatest."""
     k, choices = values.size(1), values.size(2)
     if offsets is not None:
         values = values + offsets
     values, tokens = values.flatten(1), tokens.flatten(1)  # [N, K*C]
     if k == 1:
-        places = [list(range(choices))] * values.size(0)
-    else:
-        # The best of each row first, then the best of the sentence among those.
-        values, place = values.topk(min(count, values.size(1)), 1)  # [N, count]
-        tokens, places = tokens.gather(1, place), place.tolist()
-    return [
-        [(value, where // choices, token) for value, where, token in zip(*each)]
-        for each in zip(values.tolist(), places, tokens.tolist())
-    ]
+        return values, None, tokens
+    # The best of each row first, then the best of the sentence among those.
+    values, place = values.topk(min(count, values.size(1)), 1)  # [N, count]
+    return values, place.div(choices, rounding_mode="floor"), tokens.gather(1, place)
+
+
+def listed(
+    sentences: list[Sentence],
+    values: list[list[float]],
+    parents: list[list[int]] | None,
+    tokens: list[list[int]],
+) -> list[list[Candidate]]:
+    """The candidates of each sentence, see `candidates`, from what `best_of` gives."""
+    found: list[list[Candidate]] = []
+    rows = itertools.repeat(itertools.repeat(0)) if parents is None else parents
+    for one, *each in zip(sentences, values, rows, tokens):
+        of_one = list(zip(*each))
+        value = of_one[0][0]
+        if math.isnan(value) or value == math.inf:
+            of_one = []
+        elif not one.scored and value != NEVER:
+            of_one = [(math.nan, 0, of_one[0][2])]
+        found.append(of_one)
+    return found
 
 
 def normalisers(logits: Tensor) -> Tensor:

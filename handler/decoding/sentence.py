@@ -191,6 +191,13 @@ class Sentence:
         reachable = best / self.options.length_normaliser(self.max_length + 1)
         return self.finished[-1].score >= reachable
 
+    @property
+    def hopeless(self) -> float:
+        """About the log probability at which it is `decided`; -inf where it cannot be."""
+        if len(self.finished) < self.options.n_best or self.finished[-1].score is None:
+            return NEVER
+        return self.finished[-1].score * self.options.length_normaliser(self.max_length + 1)
+
     def committed(self) -> list[int]:
         """The longest beginning that whatever comes out best will have: what all live hypotheses
         and the best finished one share. It only grows."""

@@ -1,0 +1,179 @@
+"""Several steps in one call: what they give is what one by one gives, to the last bit."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from table_model import EOS, A, B, TableModel, drained
+from test_graphs import Remembered, graphed
+from test_model import VOCABULARY, build
+
+from handler.decoding import DecodingOptions, Engine
+from handler.decoding.lane import Lane
+from model.quantized import quantized
+
+
+class Counted:
+    """A model that counts the rows of its steps."""
+
+    def __init__(self, model):
+        self.model, self.rows = model, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def step(self, previous, *others):
+        self.rows += previous.numel()
+        return self.model.step(previous, *others)
+
+    def best(self, previous, *others):
+        self.rows += previous.numel()
+        return self.model.best(previous, *others)
+
+
+@pytest.fixture(scope="module", params=["sutskever", "attention", "int8", "mixed ensemble"])
+def model(request, native_library):
+    if request.param != "int8":
+        return build(request.param)
+    made = quantized(build("attention").float())
+    made.pack(bool(native_library), False)
+    assert made.fused == bool(native_library)
+    return made
+
+
+@st.composite
+def tasks(draw):
+    """Sentences of one lane, which differ in all else that several steps allow."""
+    beam = draw(st.integers(1, 4))
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        shortest = draw(st.sampled_from([0, 0, 3, 6]))
+        found.append((
+            draw(st.lists(st.integers(4, VOCABULARY - 1), max_size=9)),
+            DecodingOptions(
+                beam_size=beam, n_best=draw(st.integers(1, beam)), min_length=shortest,
+                max_length=shortest + draw(st.integers(1, 12)),
+                length_penalty=draw(st.sampled_from([0.0, 0.6, 1.0])),
+                return_scores=draw(st.booleans()),
+            ),
+            draw(st.booleans()),
+        ))  # fmt: skip
+    return found
+
+
+def engine_of(model, given):
+    engine = Engine(model, 16)
+    for source, options, attends in given:
+        if attends and model.has_attention:
+            options = DecodingOptions(
+                **{**vars(options), "return_alignments": True, "coverage_penalty": 0.3}
+            )
+        engine.admit([*source, EOS], options)
+    return engine
+
+
+def hurried(engine, seed):
+    """What ends, with a number of steps in each call that is drawn."""
+    draw, ended = random.Random(seed), {}
+    while not engine.idle:
+        ended |= {event.sentence: event for event in engine.advance(draw.choice([2, 5, 40]))}
+    return ended
+
+
+@settings(max_examples=40, deadline=None)
+@given(given=tasks(), seed=st.integers(0, 999))
+def test_many_steps_in_a_call_are_those_one_by_one(model, given, seed):
+    """And no row is computed behind the end of a sentence."""
+    one, many = Counted(model), Counted(model)
+    expected = drained(engine_of(one, given))
+    assert hurried(engine_of(many, given), seed) == expected
+    assert many.rows == one.rows
+
+
+@settings(max_examples=25, deadline=None)
+@given(given=tasks(), seed=st.integers(0, 999))
+def test_where_a_look_waits_for_the_device_a_few_steps_are_made_blindly(model, given, seed):
+    expected = drained(engine_of(graphed(model), given))
+    recorder = Remembered()
+    found = hurried(engine_of(graphed(model, recorder), given), seed)
+    assert found == expected
+    longest = max(len(r.tokens) + 1 for e in expected.values() for r in e.results)
+    spare = graphed(model).unseen * len(given)  # each end is seen that late at most
+    assert len(recorder.replayed) - len(recorder.recorded) <= longest + spare + len(given)
+
+
+def test_a_sentence_is_decoded_without_a_look_in_between(monkeypatch):
+    def single(*_):
+        raise AssertionError("a step was made alone")
+
+    monkeypatch.setattr(Lane, "single", single)
+    engine = Engine(TableModel({2: {A: 1.0}, A: {A: 0.6, B: 0.4}, B: {B: 1.0}}), 1)
+    engine.admit([9], DecodingOptions(max_length=12))
+    [event] = engine.advance(100)
+    assert event.results[0].tokens == [A] * 12
+    assert engine.steps == 12
+
+
+def test_an_end_that_does_not_count_stops_nothing():
+    """EOS is the third of the candidates of a beam of 2, so it ends nothing, and none goes on from
+    it: the beam is A A A, A A B all the way."""
+    table = {t: {A: 0.5, B: 0.3, EOS: 0.2} for t in (2, A, B)}
+    calls = []
+
+    class Looked(TableModel):
+        def step(self, previous, *others):
+            calls.append(previous.tolist())
+            return super().step(previous, *others)
+
+    engine = Engine(Looked(table), 2)
+    engine.admit([9], DecodingOptions(beam_size=2, n_best=2, max_length=4))
+    engine.advance()
+    [event] = engine.advance(50)
+    assert calls == [[[2]], [[A, B]], [[A, B]], [[A, B]]]
+    assert [r.tokens for r in event.results] == [[A, A, A, A], [A, A, A, B]]
+    assert [r.log_probability for r in event.results] == pytest.approx(
+        [4 * math.log(0.5), 3 * math.log(0.5) + math.log(0.3)], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(("until", "steps"), [(0.0, 1), (2.5, 3), (math.inf, 7)])
+def test_steps_end_with_the_time(until, steps):
+    model = TableModel({t: {A: 1.0} for t in (2, A)})
+    engine = Engine(model, 1, clock=lambda: float(model.rows_computed))
+    engine.admit([9], DecodingOptions(max_length=20))
+    engine.advance(7, until)
+    assert engine.steps == model.rows_computed == steps
+
+
+def test_a_deadline_ends_them_too():
+    model = TableModel({t: {A: 1.0} for t in (2, A)})
+    engine = Engine(model, 1, clock=lambda: float(model.rows_computed))
+    engine.admit([9], DecodingOptions(max_length=20), deadline=5.0)
+    [event] = engine.advance(100)
+    assert (event.results[0].tokens, event.results[0].finish_reason) == ([A] * 5, "time")
+
+
+def test_lanes_go_equally_far():
+    table = {t: {A: 0.6, B: 0.4} for t in (2, A, B)}
+    engine = Engine(TableModel(table), 3)
+    engine.admit([9], DecodingOptions(max_length=20))
+    engine.admit([9], DecodingOptions(beam_size=2, max_length=20))
+    for done in itertools.accumulate((1, 4, 2)):
+        engine.advance({1: 1, 5: 4, 7: 2}[done])
+        assert {len(h.tokens) for s in engine.sentences.values() for h in s.live} == {done}
+
+
+def test_scores_are_summed_in_the_models_own_precision():
+    """In double, where the model is; a sum in single would differ in the eighth digit."""
+    model = build("attention")
+    for many in (1, 50):
+        engine = Engine(model, 3)
+        engine.admit([5, 6, EOS], DecodingOptions(beam_size=3, max_length=15, min_length=15))
+        while not (events := engine.advance(many)):
+            pass
+        total = events[0].results[0].log_probability
+        assert total != float(torch.tensor(total, dtype=torch.float32))
