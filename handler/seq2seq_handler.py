@@ -26,7 +26,8 @@ from handler.integrity import verify_digests
 from handler.logs import set_up
 from handler.reporting import Calls, report
 from handler.request import Refusal, door_of
-from handler.service import Incoming, Reply, Service, ServiceOptions
+from handler.service import Incoming, Reply, Service
+from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

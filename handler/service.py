@@ -16,7 +16,6 @@ from typing import Literal
 from handler.answer import Narrator, Part, Stream, event, prefixed
 from handler.decoding import Engine, Event
 from handler.decoding.engine import STEPS, failed
-from handler.decoding.model import Weights
 from handler.decoding.options import DecodingOptions
 from handler.doors import Door, Native
 from handler.metrics import STEP_BUCKETS, WAIT_BUCKETS, Metrics
@@ -31,42 +30,12 @@ from handler.request import (
 )
 from handler.schema import schema
 from handler.sentences import Segment, split
+from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 EVENTS = "text/event-stream"
-
-
-@dataclass(frozen=True)
-class ServiceOptions:
-    """The section `handler` of model-config.yaml.
-
-    rows: hypotheses decoded together; the memory of decoding grows with it.
-    round_ms: milliseconds of decoding between two looks at new requests, then one step more at
-        most. A call costs the frontend 2 ms and more, as it sends every live request anew: the
-        longer a call, the less of it that is; and the longer a newcomer waits. Measured in
-        docs/results.md.
-    max_texts: texts in one request.
-    max_sentences: sentences in one request, when its texts are split.
-    max_waiting: sentences that wait for rows; requests beyond get 503.
-    max_response_bytes: stays below TorchServe's max_response_size (6,553,500), beyond which the
-        frontend kills the worker.
-    threads: of torch on a CPU; null for one for each CPU this process may use but one, which is
-        left to the frontend: threads that wait for a core they share stall every product.
-    require_gpu: refuse to start on a CPU, where falling back would go unnoticed.
-    weights: number format on a GPU; null for the one of the export.
-    """
-
-    rows: int = field(default=64, metadata={"minimum": 1, "maximum": 65536})
-    round_ms: float = field(default=20.0, metadata={"minimum": 0.0, "maximum": 1000.0})
-    max_texts: int = field(default=1024, metadata={"minimum": 1})
-    max_sentences: int = field(default=4096, metadata={"minimum": 1})
-    max_waiting: int = field(default=16384, metadata={"minimum": 1})
-    max_response_bytes: int = field(default=6_000_000, metadata={"minimum": 1000})
-    threads: int | None = field(default=None, metadata={"minimum": 1})
-    require_gpu: bool = False
-    weights: Weights | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from table_model import TableModel
 
 from handler.decoding import Engine
 from handler.request import JSON, TEXT
-from handler.service import Incoming, Reply, Service, ServiceOptions
+from handler.service import Incoming, Reply, Service
+from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
 from training.recipe import TokenizerOptions
 from training.tokenizer import learn

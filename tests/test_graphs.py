@@ -20,7 +20,7 @@ from handler.decoding import DecodingOptions, Engine, graphs
 from handler.decoding.graphs import GraphedModel, Outputs, Recording, bucket, greatest
 from handler.decoding.model import converted, load, packed
 from handler.fields import FieldError, read
-from handler.service import ServiceOptions
+from handler.service_options import ServiceOptions
 from model.quantized import quantized
 from model.serving import scripted
 from model.shortlist import Shortlist

@@ -35,7 +35,7 @@ class Search:
 
     count: candidates of each sentence, 2K; 1 where K is 1.
     scores: before the first step, where anything is scored.
-    hopeless: log probability [N] at which a sentence is decided; None where none can be.
+    hopeless: `Sentence.hopeless` of each [N]; None where it is -inf for all.
     attended: whether any of them reads the attention.
     blind: what was chosen is not looked at until all steps are made.
     """

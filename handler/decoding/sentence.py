@@ -145,7 +145,7 @@ class Sentence:
         self.live = live
         if live and len(live[0].tokens) >= self.max_length:
             self.end("length")
-        elif live and self.decided(live[0].log_probability):
+        elif live and live[0].log_probability <= self.hopeless:
             self.live = []
         return parents if self.live else []
 
@@ -180,20 +180,14 @@ class Sentence:
         self.finished.sort(key=lambda one: 0.0 if one.score is None else -one.score)
         del self.finished[options.n_best :]
 
-    def decided(self, best: float) -> bool:
-        """Whether no live hypothesis can enter the n best.
+    @property
+    def hopeless(self) -> float:
+        """The log probability at and below which no live hypothesis can enter the n best; -inf
+        where any can.
 
         A log probability only falls, lp only grows and cp is at most 0, so that the best that a
         hypothesis of log probability s <= 0 can reach is s / lp(max_length + 1).
         """
-        if len(self.finished) < self.options.n_best or self.finished[-1].score is None:
-            return False
-        reachable = best / self.options.length_normaliser(self.max_length + 1)
-        return self.finished[-1].score >= reachable
-
-    @property
-    def hopeless(self) -> float:
-        """About the log probability at which it is `decided`; -inf where it cannot be."""
         if len(self.finished) < self.options.n_best or self.finished[-1].score is None:
             return NEVER
         return self.finished[-1].score * self.options.length_normaliser(self.max_length + 1)

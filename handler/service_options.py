@@ -1,0 +1,36 @@
+"""What model-config.yaml says of the service."""
+
+from dataclasses import dataclass, field
+
+from handler.decoding.model import Weights
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """The section `handler` of model-config.yaml.
+
+    rows: hypotheses decoded together; the memory of decoding grows with it.
+    round_ms: milliseconds of decoding between two looks at new requests, then one step more at
+        most. A call costs the frontend 2 ms and more, as it sends every live request anew: the
+        longer a call, the less of it that is; and the longer a newcomer waits. Measured in
+        docs/results.md.
+    max_texts: texts in one request.
+    max_sentences: sentences in one request, when its texts are split.
+    max_waiting: sentences that wait for rows; requests beyond get 503.
+    max_response_bytes: stays below TorchServe's max_response_size (6,553,500), beyond which the
+        frontend kills the worker.
+    threads: of torch on a CPU; null for one for each CPU this process may use but one, which is
+        left to the frontend: threads that wait for a core they share stall every product.
+    require_gpu: refuse to start on a CPU, where falling back would go unnoticed.
+    weights: number format on a GPU; null for the one of the export.
+    """
+
+    rows: int = field(default=64, metadata={"minimum": 1, "maximum": 65536})
+    round_ms: float = field(default=20.0, metadata={"minimum": 0.0, "maximum": 1000.0})
+    max_texts: int = field(default=1024, metadata={"minimum": 1})
+    max_sentences: int = field(default=4096, metadata={"minimum": 1})
+    max_waiting: int = field(default=16384, metadata={"minimum": 1})
+    max_response_bytes: int = field(default=6_000_000, metadata={"minimum": 1000})
+    threads: int | None = field(default=None, metadata={"minimum": 1})
+    require_gpu: bool = False
+    weights: Weights | None = None
