@@ -8,9 +8,10 @@ Random weights in the sizes of NVIDIA's GNMT (4 + 4 layers of 1,024, vocabulary 
 - Sentences as they come out on the CPU in float32, and sentences alone as beside others. With
   random weights tokens are close to one another, so of half precision only a trained model tells
   the truth: `--model model.pt --source-tokenizer source.model --text test.source`.
-- A step: milliseconds from the tokens chosen last to the next ones on the device, kernel by kernel
-  and replayed as a CUDA graph, beside its floor: the bytes of weights and memory over the bandwidth
-  measured here, or the operations over the rate of products measured here, whichever is more.
+- A step as the engine makes it, the choice and the order of beams included: milliseconds, of as
+  many as are made before anything is read, kernel by kernel and replayed as a CUDA graph, beside
+  its floor: the bytes of weights and memory over the bandwidth measured here, or the operations
+  over the rate of products measured here, whichever is more.
 - The engine, encoding included: target tokens a second. NVIDIA publishes 29,646 for GNMT v2 with a
   beam of 5 on a V100 in fp16.
 
@@ -35,7 +36,9 @@ from bench.machine import described
 from bench.peers.job import SPECIAL
 from handler.decoding import DecodingOptions, Engine, decode_in_order
 from handler.decoding.graphs import GraphedModel
+from handler.decoding.lane import Lane, Vocabulary
 from handler.decoding.model import encode_batch, load
+from handler.decoding.sentence import Hypothesis, Sentence
 from handler.tokenizer import Tokenizer
 from model import ModelOptions, Network, ServingModel
 from model.lstm import Projection
@@ -146,7 +149,8 @@ class Bench:
                     for model in models:
                         step = self.step_of(model, n, beam)
                         first = self.seconds(step)
-                        spent.append(statistics.median(self.seconds(step) for _ in range(CALLS)))
+                        times = [self.seconds(step) for _ in range(CALLS)]
+                        spent.append(statistics.median(times) / model.unseen)
                     memory = 2 * n * TOKENS * attention  # keys and values
                     floor = max(
                         (weights_read + memory) * FORMATS[weights] / bandwidth,
@@ -161,13 +165,24 @@ class Bench:
                     print(f"| {' | '.join(cells)} |", flush=True)
 
     def step_of(self, model: GraphedModel, n: int, beam: int) -> Callable[[], object]:
+        """`model.unseen` steps of `n` sentences."""
         sources = random_sources(n, model.source_vocabulary, TOKENS)
+        options = DecodingOptions(beam_size=beam)
+        begun = [Hypothesis([SPECIAL], 0.0)] * beam
+        lane = Lane(model, Vocabulary.of(model, self.device), beam, fused=True)
         with torch.inference_mode():
             memory, state = encode_batch(model, sources, self.device)
             state = [t.repeat_interleave(beam, 0) for t in state]
+        lane.sentences = [
+            Sentence(i, source, options, 2 * TOKENS, live=begun) for i, source in enumerate(sources)
+        ]
         previous = torch.full((n, beam), SPECIAL, device=self.device)
-        count, scored = (1, False) if beam == 1 else (2 * beam, True)
-        return lambda: model.best(previous, state, memory, count, scored)
+
+        @torch.inference_mode()
+        def steps() -> object:
+            return lane.several(previous, state, memory, model.unseen, lambda: True)
+
+        return steps
 
     def seconds(self, call: Callable[[], object]) -> float:
         synchronised(self.device)

@@ -6,6 +6,7 @@ this call and comes again in the next; one that no longer comes was dropped by i
 """
 
 import contextlib
+import json
 import logging
 import os
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from handler.authorization import Tokens
-from handler.decoding import Engine
+from handler.decoding import Engine, native
 from handler.decoding.model import load
 from handler.fields import read
 from handler.integrity import verify_digests
@@ -93,9 +94,10 @@ class Seq2SeqHandler:
         ).start()
         largest = self.service.engine.largest_memory() / 1e6
         logger.info(
-            "ready on %s with %d rows: at most %.0f MB for decoding; "
+            "ready on %s, %s, with %d rows: at most %.0f MB for decoding; "
             "digests %.2f s, model %.2f s, warm-up %.2f s",
-            device, options.rows, largest, *(b - a for a, b in pairwise(times)),
+            device, number_format(model.card, options, device), options.rows, largest,
+            *(b - a for a, b in pairwise(times)),
         )
 
     def handle(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
@@ -147,6 +149,21 @@ def show_devices() -> None:
     devices = os.environ.get("SEQ2SERVE_CUDA_VISIBLE_DEVICES")
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
+
+
+def number_format(card: str, options: ServiceOptions, device: torch.device) -> str:
+    """What the weights are in; a warning where that is much slower than it could be."""
+    weights = options.weights or json.loads(card).get("weights", "float32")
+    if weights != "int8":
+        return str(weights)
+    kernels = native.enabled() if device.type == "cpu" else ""
+    if not kernels:
+        logger.warning(
+            "int8 weights without their operators, several times slower than with them: %s",
+            f"export for this machine, for which the archive has no {native.library()} that works"
+            if device.type == "cpu" else "for a GPU export with float32 weights",
+        )
+    return f"int8 ({kernels or 'plain'})"
 
 
 def usable_cpus() -> int:

@@ -11,9 +11,9 @@ class ServiceOptions:
 
     rows: hypotheses decoded together; the memory of decoding grows with it.
     round_ms: milliseconds of decoding between two looks at new requests, then one step more at
-        most. A call costs the frontend 2 ms and more, as it sends every live request anew: the
-        longer a call, the less of it that is; and the longer a newcomer waits. Measured in
-        docs/results.md.
+        most, on a GPU eight. A call costs the frontend 2 ms and more, as it sends every live
+        request anew: the longer a call, the less of it that is; and the longer a newcomer waits.
+        Measured in docs/results.md.
     max_texts: texts in one request.
     max_sentences: sentences in one request, when its texts are split.
     max_waiting: sentences that wait for rows; requests beyond get 503.

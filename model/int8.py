@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 GROUP, PANEL, DEPTH = 64, 16, 64  # of model/native/kernels.h
+LEAST = 1e-30  # what is smaller counts as zero, as 127 over it need not be finite
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,14 +27,14 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(weight.isfinite().all()):
         raise ValueError("weights: got NaN or infinity; allowed: finite numbers only")
     scale = weight.abs().amax(1) / 127.0
-    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    inverse = torch.where(scale > LEAST, 1.0 / scale, 0.0)
     return (weight * inverse.unsqueeze(1)).round().to(torch.int8), scale
 
 
-def activations(x: Tensor) -> tuple[Tensor, Tensor]:
+def activations(x: Tensor, least: float = LEAST) -> tuple[Tensor, Tensor]:
     """x [R, in] -> whole numbers of -127..127 as floats, and the scale of each row [R, 1]."""
     range_ = x.abs().amax(1, keepdim=True)
-    inverse = torch.where(range_ > 0, 127.0 / range_, 0.0)
+    inverse = torch.where(range_ > least, 127.0 / range_, 0.0)
     return (x * inverse).round(), range_ / 127.0
 
 

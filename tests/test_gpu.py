@@ -18,11 +18,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def single_precision_is_single(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.fixture
 def device():
     return torch.device("cuda", 0)

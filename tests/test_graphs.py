@@ -275,6 +275,42 @@ def test_the_recording_that_was_not_used_for_longest_goes(attention, monkeypatch
         assert len(one.graphs) <= 2
 
 
+def test_recordings_have_no_more_bytes_than_they_may(attention, monkeypatch):
+    """State: 8 bytes, twice 2 tensors of 9; memory of 16 tokens: keys and values of 4, 8 bytes
+    each, and a mask. So 288 + 16 * 65 a row, and room for three of them."""
+    row = 288 + 16 * 65
+    monkeypatch.setattr(graphs, "MOST_BYTES", 4 * row - 1)
+    recorder = Remembered()
+    one, plain = graphed(attention, recorder), GraphedModel(attention, CPU, None)
+    assert (one.most_bytes, plain.most_bytes) == (4 * row - 1, 0)
+    for n, kept in ((1, [1]), (2, [1, 2]), (4, [1, 2]), (1, [2, 1]), (2, [1, 2])):
+        given = step_of(attention, n, n, 1, 9)
+        same(one.best(*given, 3, True), plain.best(*given, 3, True))
+        assert [key[0] for key in one.graphs] == kept
+    assert [graph.size for graph in one.graphs.values()] == [row, 2 * row]
+    monkeypatch.setattr(graphs, "MOST_BYTES", 4 * row)
+    one.best(*step_of(attention, 4, 4, 1, 9), 3, True)
+    assert [key[0] for key in one.graphs] == [4]
+
+
+def test_the_memory_of_several_steps_is_copied_once(attention):
+    one, plain = graphed(attention), GraphedModel(attention, CPU, None)
+    previous, state, memory = step_of(attention, 3, 3, 2, 9)
+    first = one.best(previous, state, memory, 4, True)
+    (graph,) = one.graphs.values()
+    copied = []
+    fill = graph.fill
+    graph.fill = lambda *given: (copied.append(given[2] is not None), fill(*given))
+    for other in (memory, memory, memory._replace(), memory):
+        same(one.best(previous, first[3], other, 4, True),
+             plain.best(previous, first[3], other, 4, True))
+    for _ in range(2):
+        one.best(*step_of(attention, 4, 7, 2, 9), 4, True)  # another graph
+    same(one.best(previous, first[3], memory, 4, True),
+         plain.best(previous, first[3], memory, 4, True))
+    assert copied == [True, False, True, True, True]
+
+
 def test_steps_of_very_many_rows_are_not_recorded(attention, monkeypatch):
     monkeypatch.setattr(graphs, "MOST_ROWS", 6)
     recorder = Remembered()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -17,6 +18,7 @@ from handler.fields import FieldError
 from handler.integrity import DIGESTS, IntegrityError, write_digests
 from handler.logs import Levelled
 from handler.seq2seq_handler import Seq2SeqHandler
+from handler.service_options import ServiceOptions
 from training.recipe import TokenizerOptions
 from training.tokenizer import learn
 
@@ -226,6 +228,25 @@ def test_when_too_many_wait_the_client_is_told_when_to_come_again(unpacked):
     assert ctx.get_response_headers(0)["Retry-After"] == "1"
     assert ctx.get_response_status(1)[0] == 200
     assert "Retry-After" not in ctx.get_response_headers(1)
+
+
+@pytest.mark.parametrize(("weights", "device", "kernels", "told", "advice"), [
+    (None, "cpu", "avx2", "float32", ""),
+    ("float16", "cuda", "", "float16", ""),
+    ("int8", "cpu", "avx2", "int8 (avx2)", ""),
+    ("int8", "cpu", "", "int8 (plain)", r"export for this machine, .*\.so that works$"),
+    ("int8", "cuda", "avx2", "int8 (plain)", "for a GPU export with float32 weights$"),
+])
+def test_int8_weights_without_their_operators_are_warned_of(
+    weights, device, kernels, told, advice, monkeypatch, caplog
+):
+    monkeypatch.setattr("handler.decoding.native.enabled", lambda: kernels)
+    options = ServiceOptions(weights=weights if device == "cuda" and weights != "int8" else None)
+    card = json.dumps({"weights": weights or "float32"})
+    assert seq2seq_handler.number_format(card, options, torch.device(device)) == told
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == bool(advice)
+    assert all(re.search(advice, one) for one in warned)
 
 
 @pytest.mark.parametrize("name", ["explain", "Explain"])

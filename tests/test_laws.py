@@ -133,31 +133,26 @@ class Watched(Engine):
 
     def __init__(self, model, rows):
         super().__init__(model, rows, clock=self.tick)
-        self.now = 0
-        self.between = False  # two steps of one call, where the clock is read once
+        self.within = None  # steps of a call under way, between which the clock is read once
         self.began = {}
 
     def tick(self):
-        self.now += self.between
-        return self.now
+        if self.within is None:
+            return self.steps + 1
+        self.within += 1
+        return self.steps + 1 + self.within
 
     def step(self, *arguments):
-        started, self.between = self.now, True
+        self.within = 0
         try:
-            made = super().step(*arguments)
+            return super().step(*arguments)
         finally:
-            self.now, self.between = started, False
-        self.now += made - 1
-        return made
-
-    def expire(self):
-        self.now += 1
-        return super().expire()
+            self.within = None
 
     def fill(self):
         events = super().fill()
         for one in self.live():
-            self.began.setdefault(one.id, self.now)
+            self.began.setdefault(one.id, self.steps + 1)
         return events
 
     def live(self):
@@ -211,7 +206,7 @@ def run(engine, tasks, draw):
             if todo:
                 i = todo.pop(0)
                 patience = tasks[i].patience
-                deadlines[i] = None if patience is None else engine.now + 1 + patience
+                deadlines[i] = None if patience is None else engine.steps + 1 + patience
                 numbers[engine.enter(tasks[i], deadlines[i])] = i
         if numbers and draw.random() < 0.15:
             victim = draw.choice(sorted(numbers))
@@ -307,7 +302,7 @@ def test_no_row_is_computed_for_who_has_left(seed, rows):
     while sources or not engine.idle:
         if sources and draw.random() < 0.6:
             task = Task([sources.pop(), 9, EOS], draw.choice(MIXED), [], draw.randint(0, 3), None)
-            deadline = draw.choice([None, engine.now + draw.randint(1, 9)])
+            deadline = draw.choice([None, engine.steps + draw.randint(1, 9)])
             ids[engine.enter(task, deadline)] = task
         if engine.sentences and draw.random() < 0.2:
             victim = draw.choice(sorted(engine.sentences))

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_model import EOS, A, B, TableModel, drained
+from table_model import EOS, A, B, C, TableModel, drained
 from test_graphs import Remembered, graphed
 from test_model import VOCABULARY, build
 
 from handler.decoding import DecodingOptions, Engine
+from handler.decoding.graphs import GraphedModel
 from handler.decoding.lane import Lane
 from model.quantized import quantized
 
@@ -165,6 +166,44 @@ def test_lanes_go_equally_far():
     for done in itertools.accumulate((1, 4, 2)):
         engine.advance({1: 1, 5: 4, 7: 2}[done])
         assert {len(h.tokens) for s in engine.sentences.values() for h in s.live} == {done}
+
+
+def test_lanes_go_several_steps_together_where_they_are_made_blindly():
+    """A greedy sentence and a beam, which ends after five tokens."""
+    table = {t: {A: 0.6, B: 0.4} for t in (2, A, B)}
+    recorder, model = Remembered(), TableModel(table)
+    model.card = "{}"
+    engine = Engine(graphed(model, recorder), 3)
+    engine.admit([9], DecodingOptions(max_length=20))
+    beam = engine.admit([9], DecodingOptions(beam_size=2, max_length=5))
+    assert engine.advance() == []  # alone, as the beam changes its lane
+    looks = []
+    while not (events := engine.advance(50)):
+        looks.append(engine.steps)
+    assert [event.sentence for event in events if event.sentence == beam] == [beam]
+    assert looks == []
+    assert engine.steps == 20
+
+
+def test_a_beam_that_has_few_hypotheses_left_reads_their_attention_only():
+    """After the first step two tokens are possible, of which one ends; with three hypotheses."""
+    table = {2: {A: 0.5, B: 0.3, C: 0.2}, A: {A: 1.0}, B: {EOS: 1.0}, C: {A: 1.0}}
+    options = DecodingOptions(beam_size=3, n_best=3, max_length=9, return_alignments=True)
+    found = []
+    for many in (1, 50):
+        model = TableModel(table, attention={A: [0.5, 0.5], B: [0.2, 0.8]})
+        of_table = model.logits[list(table)]
+        model.logits[list(table)] = of_table.masked_fill(of_table == -30, float("-inf"))
+        model.card = "{}"
+        engine = Engine(GraphedModel(model, torch.device("cpu"), None), 6)
+        engine.admit([9, EOS], options)
+        engine.admit([8, EOS], DecodingOptions(beam_size=3, max_length=9))
+        ended = {}
+        while not engine.idle:
+            ended |= {event.sentence: event for event in engine.advance(many)}
+        found.append(ended)
+    assert found[0] == found[1]
+    assert [event.error for event in found[0].values()] == [None, None]
 
 
 def test_scores_are_summed_in_the_models_own_precision():

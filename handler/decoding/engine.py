@@ -2,8 +2,8 @@
 
 A hypothesis of a recurrent model is one row of state of a fixed size. The engine keeps the rows of
 all live sentences dense and advances them together; a sentence that ends frees its rows at once,
-and the next one waiting takes them. No row is computed after its sentence has ended, and none
-depends on its neighbours: every operation on rows is row by row.
+and the next one waiting takes them. No row depends on its neighbours: every operation on rows is
+row by row. On a CPU none is computed after its sentence has ended.
 """
 
 import heapq
@@ -228,11 +228,12 @@ class Engine:
             events += self.fill()
             moves: list[Move] = []
             self.lanes = {key: lane for key, lane in self.lanes.items() if lane.sentences}
-            most = last - self.steps if len(self.lanes) == 1 else 1  # all lanes go equally far
-            made = 1
+            most, made = self.most_together(last - self.steps), 0
+            in_time = self.in_time(until)
             for key, lane in list(self.lanes.items()):
                 try:
-                    made = self.step(lane, events, moves, most, until)
+                    made = self.step(lane, events, moves, made or most, in_time)
+                    in_time = always  # all lanes go equally far
                 except RuntimeError as error:
                     logger.exception("a decoding step failed")
                     for one in lane.sentences:
@@ -242,10 +243,21 @@ class Engine:
             events += self.settle(moves)
             for event in events:
                 self.sentences.pop(event.sentence, None)
-            self.steps += made
+            self.steps += max(made, 1)
             if self.clock() >= until:
                 break
         return events
+
+    def most_together(self, most: int) -> int:
+        """The steps, up to `most`, that all lanes can make without being looked at in between;
+        where each looks itself for what ends, several lanes go one by one."""
+        if len(self.lanes) > 1:
+            most = min(most, *(lane.steady() for lane in self.lanes.values()))
+            most = most if self.vocabulary.unseen else 1
+        return most
+
+    def in_time(self, until: float) -> Callable[[], bool]:
+        return lambda: self.clock() < min(until, self.next_deadline)
 
     def expire(self) -> list[Event]:
         """End the sentences whose time is over."""
@@ -332,7 +344,12 @@ class Engine:
         return []
 
     def step(
-        self, lane: Lane, events: list[Event], moves: list[Move], most: int, until: float
+        self,
+        lane: Lane,
+        events: list[Event],
+        moves: list[Move],
+        most: int,
+        in_time: Callable[[], bool],
     ) -> int:
         """One token for every row of a lane; up to `most` where nothing ends and there is time.
         Returns how many.
@@ -341,8 +358,7 @@ class Engine:
         so that a failure on the way loses nothing.
         """
         first = len(events)
-        until = min(until, self.next_deadline)
-        parents, made = lane.step(self.memory, most, lambda: self.clock() < until)
+        parents, made = lane.step(self.memory, most, in_time)
         for i in reversed(range(len(lane.sentences))):  # removing one moves the last
             one = lane.sentences[i]
             if one.ended:
@@ -380,7 +396,8 @@ class Engine:
 
         rows * (4 * state + 2 * logits) + (4 * rows + ahead) * longest source * attended: state is
         read, written and reordered, tables are at most four times as large as they need be, logits
-        are looked at in blocks, and some sentences are encoded ahead.
+        are looked at in blocks, and some sentences are encoded ahead. Then the buffers of CUDA
+        graphs.
         """
         one = [[self.model.eos_id]]
         memory, state = encode_batch(self.model, one, self.device)
@@ -388,7 +405,12 @@ class Engine:
         row = 4 * sum(t.nbytes for t in state)
         row += 2 * self.model.target_vocabulary * state[0].element_size()
         sentences = 4 * self.capacity + max(ENCODED_AHEAD, self.capacity)
-        return self.capacity * row + sentences * self.model.max_source_length * attended
+        buffers = int(getattr(self.model, "most_bytes", 0))
+        return self.capacity * row + sentences * self.model.max_source_length * attended + buffers
+
+
+def always() -> bool:
+    return True
 
 
 def failed(sentence: int, error: Exception) -> Event:

@@ -11,6 +11,7 @@ Nothing waits for the device: what a step chose is there, and the engine feeds i
 """
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +21,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-GRAPHS = 64  # kept at once; the one that was not used for longest goes first
+GRAPHS = 64  # kept at once; the one that was not used for longest goes first, as it does
+MOST_BYTES = 2 << 30  # beyond what the buffers of all may have
 MOST_ROWS = 8192  # of a graph; there kernels take longer than their launch
 SHORTEST = 16  # source tokens of the smallest bucket
 WARM_UP = 4  # runs before a recording: TorchScript profiles and compiles, libraries load
@@ -87,27 +89,38 @@ class Graph:
     Args:
         sentences, source: of the bucket, N and S.
         previous, state, memory: of the first step, which give the other sizes.
+        size: bytes, see `size_of`.
     """
 
     outputs: Outputs  # once recorded, as what follows
     replay: Callable[[], None]
 
     def __init__(
-        self, sentences: int, source: int, previous: Tensor, state: list[Tensor], memory: Any
+        self,
+        sentences: int,
+        source: int,
+        previous: Tensor,
+        state: list[Tensor],
+        memory: Any,
+        size: int,
     ) -> None:
         k = previous.size(1)
+        self.size = size
         self.previous = previous.new_zeros(sentences, k)
         self.state = [t.new_zeros(sentences * k, *t.shape[1:]) for t in state]
         attended = [t.new_zeros(sentences, source, *t.shape[2:]) for t in memory.attended]
         self.memory = memory._replace(attended=attended, initial=[])
         self.filled = 0  # columns of `attended` that may be other than zero
 
-    def fill(self, previous: Tensor, state: list[Tensor], memory: Any) -> None:
-        """Copy what a step reads into the first rows of the buffers."""
+    def fill(self, previous: Tensor, state: list[Tensor], memory: Any | None) -> None:
+        """Copy what a step reads into the first rows of the buffers; no memory where that is there
+        already."""
         n = previous.size(0)
         self.previous[:n].copy_(previous)
         rows = [t[: previous.numel()] for t in self.state]
         torch._foreach_copy_(rows, state)
+        if memory is None:
+            return
         length = length_of(memory)
         for buffer, given in zip(self.memory.attended, memory.attended):
             buffer[:n, :length].copy_(given)
@@ -160,6 +173,7 @@ class GraphedModel:
     def __init__(self, model: Any, device: torch.device, recorder: Recorder | None) -> None:
         self.recorder = recorder
         self.graphs: OrderedDict[tuple[int, int, int, int, bool], Graph] = OrderedDict()
+        self.last: tuple[Graph | None, Any] = None, None  # that was filled, and with which memory
         # Read at every step, and slow to read from a scripted module.
         self.pad_id: int = model.pad_id
         self.unk_id: int = model.unk_id
@@ -205,21 +219,36 @@ class GraphedModel:
         found = self.graphs.get(key)
         if found is not None:
             self.graphs.move_to_end(key)
-            found.fill(previous, state, memory)
+            # Steps of one call share a memory, which is the most there is to copy.
+            again = self.last[0] is found and self.last[1] is memory
+            found.fill(previous, state, None if again else memory)
+            self.last = found, memory
             return found
+        size = size_of(sentences / n, source, state, memory)
+        if size > MOST_BYTES:
+            return None
         try:
-            graph = Graph(sentences, source, previous, state, memory)
+            graph = Graph(sentences, source, previous, state, memory, size)
             graph.fill(previous, state, memory)
             graph.record(self.recorder, self.computed, count, normalised, n)
         except RuntimeError as error:
             logger.warning("no CUDA graphs from here on: %s", str(error).partition("\n")[0])
             self.recorder = None
             self.graphs.clear()
+            self.last = None, None
             return None
         self.graphs[key] = graph
-        if len(self.graphs) > GRAPHS:
+        while (
+            len(self.graphs) > GRAPHS
+            or sum(one.size for one in self.graphs.values()) > MOST_BYTES
+        ):
             self.graphs.popitem(last=False)
         return graph
+
+    @property
+    def most_bytes(self) -> int:
+        """Of all buffers, at most."""
+        return 0 if self.recorder is None else MOST_BYTES
 
     def computed(
         self, previous: Tensor, state: list[Tensor], memory: Any, count: int, normalised: bool
@@ -237,6 +266,14 @@ class GraphedModel:
 def length_of(memory: Any) -> int:
     """S; 0 of a model without attention."""
     return memory.attended[0].size(1) if memory.attended else 0
+
+
+def size_of(filling: float, source: int, state: list[Tensor], memory: Any) -> int:
+    """Bytes of the buffers of a bucket that has `filling` times these rows and `source` tokens:
+    its state, before and after, and its memory."""
+    rows = 2 * sum(t.nbytes for t in state)
+    attended = sum(t.nbytes for t in memory.attended)
+    return math.ceil(filling * (rows + attended * source / max(length_of(memory), 1)))
 
 
 def bucket(size: int, least: int = 1) -> int:

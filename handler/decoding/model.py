@@ -75,6 +75,8 @@ def load(path: str, device: torch.device, weights: Weights | None = None) -> Any
     """
     native.enable(Path(path).parent)
     native.declare(ONEDNN)
+    # cuDNN's LSTMs would otherwise multiply float32 as TF32, with 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     model = torch.jit.load(path, map_location=device)
     version = getattr(model, "format_version", None)
     if version != FORMAT_VERSION:

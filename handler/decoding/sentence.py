@@ -114,7 +114,8 @@ class Sentence:
             candidates: (log probability of the whole, parent among `live`, token), best first; 2K
                 of them, so that K remain however many are finished. None: the model's logits are
                 not finite.
-            attention: of this step, [K, S]; read only where the options do.
+            attention: of this step, [K, S]; read only where the options do. Rows behind those of
+                the live hypotheses are of none.
 
         Returns:
             The parent of each new live hypothesis; none when the sentence has ended.
@@ -123,8 +124,8 @@ class Sentence:
             self.live, self.error = [], "the model gave no finite probability"
             return []
         if self.options.reads_attention:
-            step = attention[:, : len(self.source)].float().cpu().unsqueeze(1)  # [K, 1, S]
-            self.attention = torch.cat([self.attention, step], 1)
+            step = attention[: len(self.live), : len(self.source)].float().cpu()  # [K, S]
+            self.attention = torch.cat([self.attention, step.unsqueeze(1)], 1)
         width = self.width
         live: list[Hypothesis] = []
         parents: list[int] = []

@@ -26,7 +26,7 @@ float quantise(const Parts& parts, uint8_t* bytes, int depth) {
       spoilt += x * 0.0f;  // NaN where x is NaN or infinite
     }
   const float range = greatest(most), scale = range / 127.0f + sum(spoilt);
-  const float inverse = range > 0.0f && scale == scale ? 127.0f / range : 0.0f;
+  const float inverse = range > LEAST && scale == scale ? 127.0f / range : 0.0f;
   // Adding ROUNDING leaves the rounded value in the low bits; 128 on top makes it positive.
   const Floats offset = Floats{} + (ROUNDING + 128.0f);
   int at = 0;

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> cell(const Tensor& x, const Tensor& tokens, const Ten
 }
 
 Tensor linear(const Tensor& x, const Tensor& more, at::TensorList packed, int64_t size, bool tanh) {
-  const int64_t rows = x.size(0), inputs = x.size(1), further = more.numel() ? more.size(1) : 0;
+  const int64_t rows = x.size(0), inputs = x.size(1), further = more.dim() == 2 ? more.size(1) : 0;
   const Weights w = weights(packed, inputs + further, "linear");
   TORCH_CHECK(0 < size && size <= w.groups * WIDTH && w.groups * WIDTH - size < WIDTH,
               "linear: ", size, " outputs of ", w.groups, " groups");

@@ -79,6 +79,7 @@ inline float greatest(Floats v) {
 // 2^23 * 1.5: adding it to a float below 2^22 rounds that to the nearest integer, halves to even,
 // which is then in the low bits.
 constexpr float ROUNDING = 12582912.0f;
+constexpr float LEAST = 1e-30f;  // what is smaller counts as zero, as 127 over it need not be finite
 
 // e^x for |x| <= 87 (beyond, that of the bound), within 2 units in the last place: x = n ln 2 + r,
 // the Cephes polynomial of r, and n put into the exponent.
