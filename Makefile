@@ -62,20 +62,28 @@ force:
 $(RECIPE):
 	@echo "RECIPE: $@ does not exist; there are: $(wildcard recipes/*.yaml)" >&2; exit 1
 
+# What SET and DATA were when a run was last made with any. Others make its files again, and each verb
+# says what it refuses to change; none, as in `make evaluate` after `make train SET=...`, change nothing.
+GIVEN := $(strip $(SET) $(DATA))
+export GIVEN
+given := $(if $(GIVEN),$(RUN)/given)
+$(RUN)/given: force
+	@mkdir -p $(@D) && { printf '%s\n' "$$GIVEN" | cmp -s - $@ || printf '%s\n' "$$GIVEN" > $@; }
+
 prepare: $(RUN)/data/report.json  ## clean the text, train the tokenizers
-$(RUN)/data/report.json: $(RECIPE) | $(READY)
+$(RUN)/data/report.json: $(RECIPE) $(given) | $(READY)
 	$(TRAINING) prepare $(OPTIONS)
 
 train: $(RUN)/training.json  ## learn the weights; goes on where a stopped run was (FRESH=1: anew)
-$(RUN)/training.json: $(RUN)/data/report.json $(if $(TRAIN),force)
+$(RUN)/training.json: $(RUN)/data/report.json $(given) $(if $(TRAIN),force)
 	$(TRAINING) train $(OPTIONS) $(TRAIN)
 
 evaluate: $(RUN)/scores.json  ## score the best weights on validation and test text
-$(RUN)/scores.json: $(RUN)/training.json
+$(RUN)/scores.json: $(RUN)/training.json $(given)
 	$(TRAINING) evaluate $(OPTIONS)
 
 export: $(RUN)/model.pt  ## write model.pt (TorchScript)
-$(RUN)/model.pt: $(RUN)/scores.json
+$(RUN)/model.pt: $(RUN)/scores.json $(given)
 	$(TRAINING) export $(OPTIONS)
 
 $(ARCHIVE): $(RUN)/model.pt $(HANDLER)

@@ -112,6 +112,7 @@ def test_only_the_first_process_writes_and_speaks(
     assert [line["step"] for line in figures(tiny.run)] == [15, 20, 20]
     assert len(list(tiny.run.tensorboard.iterdir())) == 1
     assert not list(tiny.run.root.rglob(".*"))
+    assert checkpoint.load(tiny.run.checkpoints[0])["processes"] == 2
 
 
 def test_processes_that_were_stopped_go_on_as_if_they_were_not(
@@ -138,6 +139,27 @@ def test_a_process_that_dies_ends_the_others(tiny: Tiny) -> None:
     assert not tiny.run.summary.exists()
 
 
+# The second process has every other batch of an epoch. Its loss makes that of all no number.
+SPOILT = f"""
+import training.learner
+batch_loss = training.learner.batch_loss
+def spoilt(*arguments):
+    loss, surprise = batch_loss(*arguments)
+    return loss * float("nan"), surprise
+{at_step(STOP, "0 if self.processes.first else setattr(training.learner, 'batch_loss', spoilt)")}
+"""
+
+
+def test_the_batch_of_the_process_whose_loss_is_no_number_is_named(tiny: Tiny) -> None:
+    number = 2 * (STOP - 1) + 1
+    pairs = exact(tiny).trainer().sampler.batches(0)[number]
+    done = torchrun(tiny, SPOILT)
+    assert done.returncode == 1
+    said = {line for line in done.stderr.splitlines() if line.startswith("train: ")}
+    assert len(said) == 1  # the same, whichever of them torchrun ends first
+    assert f"in epoch 1, batch {number + 1} (pairs {int(pairs[0]) + 1} '" in said.pop()
+
+
 # Without processes
 
 
@@ -148,6 +170,7 @@ def test_alone_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         assert mine.first
         assert mine.total(1.5, 2) == [1.5, 2]
         assert mine.shared({"a": 1}) == {"a": 1}
+        assert mine.gathered("a") == ["a"]
 
 
 def test_processes_that_see_different_folders_are_refused(

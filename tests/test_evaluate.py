@@ -8,6 +8,7 @@ import sacrebleu
 import torch
 from tiny_run import KINDS, StraightRuns, Tiny, figures, verb
 
+import training.evaluate
 import training.scoring
 from handler.request import RequestOptions
 from model import Network
@@ -15,6 +16,7 @@ from training import checkpoint
 from training.evaluate import evaluate
 from training.export import export, exported
 from training.recipe import ScoringOptions, load
+from training.run import RunError
 from training.scoring import decoded_scores
 from training.train import tokenizers
 
@@ -104,3 +106,32 @@ def test_the_weights_that_were_validated_are_evaluated_and_exported(
     served = exported(tiny.run, torch.device("cpu")).state_dict()
     assert torch.equal(served["encoder.embedding.weight"], wanted)
     assert verb(monkeypatch, capsys, tiny, "evaluate")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Network", r"best\.pt: CUDA out of memory\. Its network does not fit: take a machine"),
+        ("score_text", r"decoding validation: CUDA out of memory\. Lower scoring\.beam_size, or"),
+        ("perplexity", r"perplexity of validation: CUDA out of memory\. .* training\.batch_tokens"),
+    ],
+)
+def test_too_little_memory_is_explained(
+    straight: StraightRuns, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    def no_memory(*_: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    tiny = straight["attention"].copy(tiny.file.parent / "short")
+    monkeypatch.setattr(training.evaluate, name, no_memory)
+    with pytest.raises(RunError, match=said):
+        evaluate(load(tiny.file), tiny.run)
+
+
+def test_a_sentence_that_is_too_long_names_the_option(
+    straight: StraightRuns, tiny: Tiny
+) -> None:
+    tiny = straight["attention"].copy(tiny.file.parent / "long")
+    tiny.change("max_source_length: 32", "max_source_length: 4")
+    with pytest.raises(RunError, match=r"export\.max_source_length: got 4; allowed: at least \d+"):
+        evaluate(load(tiny.file), tiny.run)

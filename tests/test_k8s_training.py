@@ -105,6 +105,17 @@ def test_from_text_to_a_published_archive(pod: Pod) -> None:
         assert f"--run {pod.run} --data /bucket/my data --set training.seed=2" in line
 
 
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_options_of_training_alone_are_those_of_no_other_verb(nodes: str, pod: Pod) -> None:
+    more = "--accept-changes --wandb"
+    status, told = pod.runs(TRAIN=more, NODES=nodes, RENDEZVOUS="host:1")
+    assert status == 0, told
+    lines = pod.log.read_text().splitlines()
+    assert [more in line for line in lines if "training" in line] == [
+        verb == "train" for verb in pod.verbs()
+    ]
+
+
 def test_what_is_published_can_be_served(pod: Pod) -> None:
     """The lines that it prints are those of a serving overlay's environment.yaml."""
     _, told = pod.runs()

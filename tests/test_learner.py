@@ -148,8 +148,9 @@ def test_an_update_without_a_number_changes_nothing(
         return loss + (loss * 0).sqrt(), surprise
 
     monkeypatch.setattr(training.learner, "batch_loss", spoilt)
-    with pytest.raises(NotFinite, match=r"the loss is .* and the gradient's norm nan"):
+    with pytest.raises(NotFinite, match=r"the loss is .* and the gradient's norm nan") as caught:
         one.update([batch], 1, 0.1)
+    assert caught.value.batches == ([0] if where == "loss" else [])
     after = weights(one), list(one.average), str(one.optimizer.state_dict())
     assert_equal(list(after), list(before))
 

@@ -73,6 +73,12 @@ def test_lines_that_are_done_again_and_half_lines_are_dropped(tiny: Tiny) -> Non
     assert tiny.run.metrics.read_text() == "".join(lines[:2])
 
 
+def test_lines_without_figures_are_dropped(tiny: Tiny) -> None:
+    tiny.run.metrics.write_bytes(b'5\n[5]\nnull\n{"step": "5"}\n\xff\n{"step": 20}\n')
+    forget_after(tiny.run.metrics, 40)
+    assert tiny.run.metrics.read_text() == '{"step": 20}\n'
+
+
 # Weights & Biases
 
 

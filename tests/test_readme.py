@@ -48,6 +48,28 @@ def server(toy: Toy):
         yield running
 
 
+def test_make_takes_another_set_and_data_for_news_and_the_same_for_none(toy: Toy, tools, tmp_path):
+    run = Path(shutil.copytree(toy.run.root, tmp_path / "run"))
+
+    def made(verb: str, *changes: str) -> tuple[int, set[str], str]:
+        done = make(verb, *tools, f"RECIPE={toy.recipe_file}", f"RUN={run}", *changes)
+        return done.returncode, set(re.findall(r"-m training (\w+)", done.stdout)), done.stderr
+
+    assert made("evaluate")[:2] == (0, set())
+    lower = "SET=scoring.lowercase=true"
+    status, verbs, said = made("evaluate", lower)
+    assert (status, "evaluate" in verbs) == (0, True), said
+    assert "case:lc" in json.loads((run / "scores.json").read_text())["test"]["bleu_signature"]
+    assert made("evaluate", lower)[:2] == made("evaluate")[:2] == (0, set())
+    status, _, said = made("evaluate", "SET=training.label_smoothing=0.3")
+    assert status != 0
+    assert "training.label_smoothing" in said
+    status, _, said = made("evaluate", f"DATA={tmp_path}")
+    assert status != 0
+    assert str(tmp_path) in said
+    assert made("evaluate")[:2] == (0, set())
+
+
 def test_every_make_target_of_the_documents_exists_and_is_explained():
     named = set()
     for document in DOCUMENTS:

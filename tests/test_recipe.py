@@ -238,6 +238,23 @@ def test_other_keys_of_a_section_stay_and_the_last_change_wins(tmp_path: Path) -
     assert (whole.seed, whole.epochs) == (8, 20.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("1E-3", 0.001), ("1.5e0", 1.5), ("2.e+0", 2.0), (".5e0", 0.5), ("+1e0", 1)],
+)
+def test_numbers_with_an_exponent(tmp_path: Path, text: str, value: float) -> None:
+    path = written(tmp_path, f"{DATES}training: {{learning_rate: {text}}}\n")
+    assert load(path).training.learning_rate == value
+    path = written(tmp_path, DATES)
+    assert load(path, None, [f"training.learning_rate={text}"]).training.learning_rate == value
+
+
+@pytest.mark.parametrize("text", ["'1e-3'", "1e", "e-3", "1e-3x", "nan", "1_0e-3", "1e-\u0663"])
+def test_what_only_looks_like_a_number_is_none(tmp_path: Path, text: str) -> None:
+    with pytest.raises(RecipeError, match=r"training\.learning_rate: got '.*; allowed: a number"):
+        loaded(tmp_path, f"{DATES}training: {{learning_rate: {text}}}\n")
+
+
 def test_what_a_change_begins_with_is_left_as_it_is() -> None:
     given = {"training": {"seed": 1}, "data": {"train": {"source": "a"}}}
     after = changed(changed(given, "training.seed=2"), "data.train.source=b")

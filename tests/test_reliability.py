@@ -1,7 +1,9 @@
 """What may go wrong while training: no work is lost, and the message says what to do."""
 
 import signal
+import struct
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,18 @@ def other_bytes(path: Path) -> None:
     path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("spoil", [half, other_bytes])
+def one_bit(path: Path) -> None:
+    """Of the largest tensor: the file keeps its form."""
+    with zipfile.ZipFile(path) as file:
+        record = max(file.infolist(), key=lambda one: one.file_size)
+    assert "/data/" in record.filename
+    whole = bytearray(path.read_bytes())
+    name, padding = struct.unpack_from("<HH", whole, record.header_offset + 26)
+    whole[record.header_offset + 30 + name + padding + record.file_size // 2] ^= 1
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("spoil", [half, other_bytes, one_bit])
 @pytest.mark.parametrize(
     ("spoilt", "goes_on"), [(["last"], ("previous", 24)), (["last", "previous"], ("best", 15))]
 )
@@ -172,14 +185,15 @@ def test_a_spoilt_checkpoint_loses_little_and_is_named(
     assert_same_run(tiny.run, expected.run)
 
 
+@pytest.mark.parametrize("spoil", [half, one_bit])
 def test_where_all_checkpoints_are_spoilt_nothing_is_touched(
     straight: StraightRuns, tiny: Tiny, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], None],
 ) -> None:  # fmt: skip
     tiny = straight["attention"].copy(tiny.file.parent / "spoilt")
     paths = (*tiny.run.checkpoints, tiny.run.best)
     for path in paths:
-        half(path)
+        spoil(path)
     former = tiny.files()
     code, error = verb(monkeypatch, capsys, tiny, "train")
     assert code == 1
@@ -188,6 +202,16 @@ def test_where_all_checkpoints_are_spoilt_nothing_is_touched(
     assert "train with --fresh" in error
     assert error.count("\n") == 1
     assert tiny.files() == former
+
+
+def test_spoilt_weights_are_neither_scored_nor_exported(
+    straight: StraightRuns, tiny: Tiny
+) -> None:
+    tiny = straight["attention"].copy(tiny.file.parent / "spoilt")
+    one_bit(tiny.run.best)
+    for call in (evaluate, export):
+        with pytest.raises(RunError, match=r"best\.pt: not a whole checkpoint \(.*/data/\d+ does"):
+            call(load(tiny.file), tiny.run)
 
 
 # Loss and memory
@@ -211,24 +235,25 @@ def test_a_loss_that_is_no_number_stops(
     first: int,
 ) -> None:  # fmt: skip
     expected = straight[kind]
-    batches = tiny.of_kind(kind).trainer().sampler.batches(1)
+    trainer = tiny.of_kind(kind).trainer()
+    pairs = trainer.sampler.batches(1)[first].tolist()
     each = 2 if kind == "everything" else 1
     with monkeypatch.context() as patched:
         loss = failing_at(step * each, lambda: float("nan"))
         patched.setattr(training.learner, "batch_loss", loss)
         with pytest.raises(RunError) as caught:
             tiny.train()
-    told = []
-    for number in range(first, first + each):
-        some = ", ".join(map(str, batches[number][:8].tolist()))
-        more = len(batches[number]) - 8
-        rest = f" and {more} more" if more > 0 else ""
-        told.append(f"batch {number} (pairs {some}{rest} of those kept for training)")
+    texts = [trainer.source.decode(trainer.pairs.pairs.source(i)) for i in pairs]
+    assert set(texts) <= set((tiny.file.parent / "train.src").read_text().splitlines())
+    told = ", ".join(f"{i + 1} {text!r}" for i, text in zip(pairs[:3], texts))
+    rest = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
     last = tiny.run.checkpoints[0]
     assert str(caught.value) == (
         f"step {step}: the loss is nan and the gradient's norm nan, in epoch 2, "
-        f"{', '.join(told)}. {last} holds the last good state. Lower training.learning_rate or "
-        "training.clip_norm, or look at these pairs"
+        f"batch {first + 1} (pairs {told}{rest}); pairs are counted from 1 among those kept for "
+        f"training, as the lines that distill writes. {last} holds the last good state. Lower "
+        "training.learning_rate or training.clip_norm and go on with --accept-changes, or look at "
+        "these pairs"
     )
     assert checkpoint.load(last)["progress"]["step"] < step
     tiny.train()

@@ -123,6 +123,11 @@ def test_the_shapes_of_kserve_are_read_decoded_or_not(given, door):
             "max_time: got 0; allowed: a number above 0.0 and of at most 3600.0 or null",
         ),
         (
+            {"text": "a", "coverage_penalty": "1e-3"},
+            "InvalidOption",
+            "coverage_penalty: got '1e-3'; allowed: a number",
+        ),
+        (
             {"text": "a", "coverage_penalty": 10.5},
             "InvalidOption",
             "coverage_penalty: got 10.5; allowed: a number from 0.0 to 10.0",

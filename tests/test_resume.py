@@ -1,5 +1,6 @@
 """The law of resuming: a run that was stopped anywhere is the run that was not, to the last bit."""
 
+import functools
 import json
 import signal
 
@@ -22,7 +23,7 @@ import training.train
 from training import checkpoint
 from training.evaluate import evaluate
 from training.recipe import load
-from training.run import RunError
+from training.run import RunError, only_writer
 from training.train import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,3 +232,76 @@ def test_weights_of_before_a_change_may_stay_the_best(tiny: Tiny) -> None:
     assert tiny.train(accept_changes=True).best_step == best
     evaluate(load(tiny.file), tiny.run)
     assert tiny.run.read_json(tiny.run.scores, "evaluate")["step"] == best
+
+
+# Another number of processes, another precision
+
+
+def stopped_with(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, **other: object) -> None:
+    """A run that was stopped at step 7, as one whose checkpoint says this."""
+    with monkeypatch.context() as patched:
+        signal_at(patched, lambda step: step == 7)
+        with pytest.raises(Interrupted):
+            tiny.train()
+    last = tiny.run.checkpoints[0]
+    held = {**checkpoint.load(last), **other}
+    checkpoint.write(last, {key: value for key, value in held.items() if value is not None})
+
+
+def test_only_one_process_trains_in_a_folder(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.train.only_writer", functools.partial(only_writer, patience=0))
+    with only_writer(tiny.run), pytest.raises(RunError, match="another process trains there"):
+        tiny.train()
+    assert not tiny.run.checkpoints[0].exists()
+    tiny.train()
+    assert not tiny.run.lock.exists()
+
+
+def test_another_number_of_processes_is_refused_unless_accepted(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_with(tiny, monkeypatch, processes=8)
+    former = tiny.files()
+    code, error = verb(monkeypatch, capsys, tiny, "train")
+    assert (code, error) == (
+        1,
+        f"train: {tiny.run.root}: processes: got 1; allowed: 8, as the run was trained by so many: "
+        "an update would be of 1 batches instead of 8. Start 8, or train with --accept-changes; "
+        "--set training.accumulate=8 with it keeps an update's size\n",
+    )
+    assert tiny.files() == former
+    change = ("--accept-changes", "--set", "training.accumulate=8")
+    code, error = verb(monkeypatch, capsys, tiny, "train", *change)
+    assert code == 0
+    assert "train: changed: processes: 8 -> 1; batches an update: 8 -> 8\n" in error
+    assert checkpoint.load(tiny.run.checkpoints[0])["processes"] == 1
+
+
+def test_a_finished_run_may_be_read_by_another_number_of_processes(
+    straight: StraightRuns, tiny: Tiny
+) -> None:
+    tiny = straight["attention"].copy(tiny.file.parent / "fewer")
+    last = tiny.run.checkpoints[0]
+    checkpoint.write(last, {**checkpoint.load(last), "processes": 8})
+    former = tiny.files()
+    assert tiny.train().finished == "2 epochs are done"
+    assert tiny.files() == former
+
+
+def test_another_precision_is_said(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped_with(tiny, monkeypatch, precision="bfloat16")
+    code, error = verb(monkeypatch, capsys, tiny, "train")
+    assert code == 0
+    assert error.splitlines()[0] == "train: changed: precision: bfloat16 -> float32"
+
+
+def test_a_checkpoint_from_before_these_were_kept_goes_on(
+    straight: StraightRuns, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_with(tiny, monkeypatch, processes=None, precision=None)
+    tiny.train()
+    assert_same_run(tiny.run, straight["attention"].run)

@@ -1,6 +1,10 @@
 """The verb train: its loop, and that it learns."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +14,12 @@ from tiny_run import StraightRuns, Tiny, assert_same_run, board, figures, verb
 
 import training.train
 from training import checkpoint
+from training.lines import LineError
+from training.loading import Loader
+from training.memory import enough_memory
 from training.run import Run, RunError
 from training.scoring import perplexity
-from training.train import Trainer
+from training.train import Trainer, tokenizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,6 +120,89 @@ def test_the_summary_says_what_was_trained(straight: StraightRuns) -> None:
     assert summary["ended"] == "2 epochs are done"
 
 
+# Too little memory
+
+
+@contextmanager
+def memory_for_more(size: int) -> Iterator[None]:
+    """At most `size` bytes beside those that this process has."""
+    former = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, former)
+
+
+def test_a_model_that_memory_does_not_hold(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with memory_for_more(2 << 30):
+        change = ("--set", "model.decoder_hidden_size=60000")
+        code, error = verb(monkeypatch, capsys, tiny, "train", *change)
+    assert code == 1
+    assert error.count("\n") == 1
+    assert error.startswith("train: making the network: ")
+    assert "can't allocate memory" in error
+    assert "Lower the sizes of the model (model.decoder_hidden_size, " in error
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "said"),
+    [
+        (Loader, "on_device", "step 0"),
+        (training.train, "perplexity", "validation at step 15"),
+        (Trainer, "bleu", "validation at step 15"),
+    ],
+)
+def test_batches_that_memory_does_not_hold(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, where: object, name: str, said: str
+) -> None:
+    monkeypatch.setattr(where, name, no_memory)
+    with pytest.raises(RunError) as caught:
+        tiny.train()
+    assert str(caught.value).startswith(
+        f"{said}: CUDA out of memory. Tried to allocate 9 GiB. Lower training.batch_tokens "
+    )
+    assert "--accept-changes" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(), RuntimeError("std::bad_alloc"), torch.OutOfMemoryError("CUDA out of memory"),
+        LineError("line 1: decoding failed: OutOfMemoryError"),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_has_many_forms(error: Exception) -> None:
+    with pytest.raises(RunError, match=r"^this: .*\. Do that$"), enough_memory("this", "Do that"):
+        raise error
+
+
+# Text to be scored that is too long
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_text_that_the_model_may_not_read_is_said_before_training(tiny: Tiny, name: str) -> None:
+    path = tiny.run.data / f"{name}.source"
+    lines = path.read_text().splitlines()
+    lines[6] = "abcdefgh" * 20
+    path.write_text("".join(f"{line}\n" for line in lines))
+    length = len(tokenizers(tiny.run)[0].encode(lines[6])) + 1
+    with pytest.raises(RunError) as caught:
+        tiny.train()
+    assert str(caught.value) == (
+        f"export.max_source_length: got 32; allowed: at least {length}, as line 7 of {path} has so "
+        "many tokens with EOS; or split that line in the text and prepare again"
+    )
+    assert not tiny.run.checkpoints[0].parent.exists()
+
+
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tiny: Tiny) -> None:
     trainer = tiny.trainer()
     with torch.no_grad():
@@ -146,3 +236,13 @@ def test_a_toy_language_is_learnt(toy: Toy) -> None:
     scores = toy.run.read_json(toy.run.scores, "evaluate")
     assert scores["validation_perplexity"] < 1.2
     assert scores["test"]["exact_match"] >= 0.95
+
+
+def test_a_long_source_is_cut_where_it_is_named(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny.trainer()
+    monkeypatch.setattr(trainer.source, "decode", lambda _: "x" * 81)
+    assert trainer.shown(0) == "x" * 79 + "…"
+    monkeypatch.setattr(trainer.source, "decode", lambda _: "x" * 80)
+    assert trainer.shown(0) == "x" * 80

@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "train":
             verb.add_argument("--fresh", action="store_true", help="begin anew")
             verb.add_argument("--accept-changes", action="store_true",
-                              help="go on though the recipe's section training has changed")
+                              help="go on though the recipe's section training, or the number of "
+                                   "processes, has changed")
             verb.add_argument("--dry-run", action="store_true",
                               help="only tell parameters, memory and time; needs no data")
             verb.add_argument("--wandb", action="store_true",

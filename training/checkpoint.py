@@ -1,6 +1,7 @@
 """Everything that a run needs to go on exactly where it stopped."""
 
 import os
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,9 @@ def content(
         "network": learner.network.state_dict(),
         "average": learner.average,  # of the network's parameters, in their order; or empty
         "optimizer": learner.optimizer.state_dict(),
+        # What the recipe does not say of an update; older checkpoints lack both.
+        "processes": learner.processes.count,
+        "precision": learner.precision_name,
     }
 
 
@@ -78,9 +82,12 @@ def load(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
 
     Raises:
-        RunError: a file that is cut off or no checkpoint.
+        RunError: a file that is cut off, was damaged after it was written, or is no checkpoint.
     """
     try:
+        with zipfile.ZipFile(path) as records:  # their checksums, which torch.load never looks at
+            if (spoilt := records.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{spoilt} does not match its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if {"recipe", "digests", "progress", "network", "average", "optimizer"} <= set(content):
             return content

@@ -38,6 +38,13 @@ class Processes:
         distributed.all_reduce(sums)
         return [float(one) for one in sums]
 
+    def gathered(self, value: T) -> list[T]:
+        """The `value` of each process, by rank."""
+        values = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
     def shared(self, value: T) -> T:
         """The first process's `value`, in all."""
         values = [value]

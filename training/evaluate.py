@@ -14,12 +14,14 @@ from model import Ensemble, ModelOptions, Network, ServingModel
 from training import checkpoint
 from training.batches import Batch
 from training.corpus import sentences
+from training.lines import LineError
 from training.loading import Loader
+from training.memory import ELSEWHERE, enough_memory
 from training.recipe import Recipe
 from training.run import Run, RunError, write_json, write_text
 from training.scoring import Scores, score_text
 from training.tokens import TokenPairs
-from training.train import choose_device, tokenizers
+from training.train import check_lengths, choose_device, tokenizers
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def best_model(
     where the run has members.
 
     Raises:
-        RunError: no whole checkpoint, or one of another recipe or of other data. Members of an
-            ensemble may differ in the sections model and training.
+        RunError: no whole checkpoint, or one of another recipe or of other data; too little memory.
+            Members of an ensemble may differ in the sections model and training.
     """
     digests = checkpoint.prepared(recipe, run)
     sections = checkpoint.PREPARED if run.members else checkpoint.DECISIVE
@@ -69,12 +71,12 @@ def best_model(
     for path in run.members or [run.best]:
         stored = checkpoint.load_own(path, recipe, digests, sections)
         options = read(ModelOptions, stored["recipe"]["model"], f"{path}: model")
-        network = Network(options, source.size, target.size)
-        checkpoint.weights(stored, network)
+        with enough_memory(str(path), f"Its network does not fit: {ELSEWHERE}"):
+            network = Network(options, source.size, target.size)
+            checkpoint.weights(stored, network)
+            network.to(device)
         models.append(
-            ServingModel(
-                network.to(device), limits.max_source_length, limits.max_target_length
-            )
+            ServingModel(network, limits.max_source_length, limits.max_target_length)
         )
         members.append(Member(stored["progress"]["step"], sha256(path), stored["recipe"]))
     model = Ensemble(models) if run.members else models[0]
@@ -82,29 +84,38 @@ def best_model(
 
 
 def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
-    """Score validation and test text; writes scores.json and what was decoded beside it."""
+    """Score validation and test text; writes scores.json and what was decoded beside it.
+
+    Raises:
+        RunError: nothing trained yet; a sentence that is too long; too little memory.
+    """
     run.demand(run.summary, "train")
     device = choose_device(recipe.training)
     model, origin = best_model(recipe, run, device)
     source, target = tokenizers(run)
+    check_lengths(recipe, run, source)
     scores = {}
     for name in ("validation", "test"):
         text, references = sentences(run.data, name)
         try:
-            scores[name], decoded = score_text(
-                model, source, target, text, references, device, recipe.scoring,
-                recipe.scoring.beam_size, show=True,
-            )
-        except ValueError as error:
+            with enough_memory(f"decoding {name}", f"Lower scoring.beam_size, or {ELSEWHERE}"):
+                scores[name], decoded = score_text(
+                    model, source, target, text, references, device, recipe.scoring,
+                    recipe.scoring.beam_size, show=True,
+                )
+        except LineError as error:
             raise RunError(f"{run.data / name}.source: {error}") from None
         write_text(run.root / f"{name}.decoded", "".join(line + "\n" for line in decoded))
     pairs = TokenPairs.load(run.data / "validation.tokens")
     held_out = Loader(pairs, (source, target), device).every(recipe.training.batch_tokens)
+    advice = f"Its batches are of training.batch_tokens, as in training: {ELSEWHERE}"
+    with enough_memory("perplexity of validation", advice):
+        validation_perplexity = perplexity(model, held_out)
     write_json(
         run.scores,
         {
             "step": origin.step,
-            "validation_perplexity": perplexity(model, held_out),
+            "validation_perplexity": validation_perplexity,
             **{name: asdict(one) for name, one in scores.items()},
         },
     )

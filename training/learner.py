@@ -19,7 +19,15 @@ BF16_WEIGHTS = 1_000_000  # of a network, from which bf16 pays on a CPU
 
 
 class NotFinite(ArithmeticError):
-    """The loss, or the gradient, of an update is no number; no weight has been changed."""
+    """The loss, or the gradient, of an update is no number; no weight has been changed.
+
+    batches: those whose loss is none, as numbers among all of the update, which the processes take
+        in turn; empty where the gradient alone is none.
+    """
+
+    def __init__(self, problem: str, batches: list[int]) -> None:
+        super().__init__(problem)
+        self.batches = batches
 
 
 class Objective(nn.Module):
@@ -76,6 +84,7 @@ class Learner:
         # All processes take part in every update: one without a batch lends a gradient of 0.
         share = (1.0 if batches else 0.0) / copies(options)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        losses: list[Tensor] = []
         batches = batches or [self.stand_in()]
         for i, batch in enumerate(batches):
             meet = processes.count == 1 or i == len(batches) - 1
@@ -84,12 +93,16 @@ class Learner:
                     loss, surprise = self.objective(*batch)
                 # Distributed training averages the gradients of the processes; here they add up.
                 (loss * (share * processes.count / whole)).backward()
-            sums += torch.stack([loss.detach(), surprise]).double() * share
+            losses.append(loss.detach())
+            sums += torch.stack([losses[-1], surprise]).double() * share
         # s = ||g||; where s > clip_norm, g <- clip_norm * g / s (1409.3215, section 3.4)
         norm = float(nn.utils.clip_grad_norm_(self.parameters, options.clip_norm))
         loss_sum, surprise_sum = processes.total(*sums.tolist())
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
-            raise NotFinite(f"the loss is {loss_sum:g} and the gradient's norm {norm:g}")
+            raise NotFinite(
+                f"the loss is {loss_sum:g} and the gradient's norm {norm:g}",
+                self.not_finite(losses),
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -102,6 +115,22 @@ class Learner:
             "loss": loss_sum, "surprise": surprise_sum, "tokens": tokens,
             "source_tokens": source_tokens, "norm": norm,
         }
+
+    def not_finite(self, losses: list[Tensor]) -> list[int]:
+        """See `NotFinite.batches`.
+
+        Args:
+            losses: of the batches that this process has of the update.
+        """
+        wrong = self.processes.gathered([not math.isfinite(float(one)) for one in losses])
+        return sorted(
+            i * self.processes.count + rank
+            for rank, flags in enumerate(wrong) for i, flag in enumerate(flags) if flag
+        )  # fmt: skip
+
+    @property
+    def precision_name(self) -> str:
+        return str(self.precision).removeprefix("torch.")
 
     def stand_in(self) -> Batch:
         special, one = SpecialTokens(), torch.ones(1, dtype=torch.int64, device=self.device)

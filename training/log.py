@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from training.checkpoint import Progress
-from training.run import Run, RunError, write_text
+from training.run import Run, RunError, write_bytes, write_text
 
 LOG_EVERY = 20  # updates between two lines of metrics.jsonl
 
@@ -111,14 +111,15 @@ def weights_and_biases(run: Run) -> Any:
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Drop lines of steps that a resumed run will do again, and a line cut off by a crash."""
+    """Drop lines of steps that a resumed run will do again, and what is no line of figures, such
+    as one cut off by a crash."""
     if not metrics.exists():
         return
     kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
+    for line in metrics.read_bytes().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError):
             continue
-    write_text(metrics, "".join(kept))
+    write_bytes(metrics, b"".join(kept))

@@ -21,6 +21,17 @@ class RecipeError(ValueError):
     """The recipe cannot be used; the message names file, key, value and what is allowed."""
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """Knows the numbers of YAML 1.2, too: PyYAML, which reads 1.1, takes 1e-3 for a string."""
+
+
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+\Z", re.ASCII),
+    list("-+.0123456789"),
+)
+
+
 @dataclass(frozen=True)
 class FilesOptions:
     """Parallel text: two files of equal line count, or one TSV. UTF-8."""
@@ -230,7 +241,7 @@ def load(path: Path, folder: str | None = None, changes: Sequence[str] = ()) -> 
         RecipeError: unreadable, not YAML, or an option that is wrong; one message that names it.
     """
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -257,7 +268,7 @@ def changed(given: Any, change: str) -> Any:
     where, equals, text = change.partition("=")
     *sections, key = where.strip().split(".")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, RecipeLoader)
     except (yaml.YAMLError, ValueError):  # ValueError: 2001-13-45, which is no date
         equals = ""
     if not equals or not all([*sections, key]):

@@ -1,12 +1,17 @@
 """The folder of a run: what each verb leaves for the next, and how files are written to it."""
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+PATIENCE = 120.0  # seconds; a file server holds the locks of a node that it lost for 90 (NFS 4)
 
 
 class RunError(ValueError):
@@ -69,18 +74,70 @@ class Run:
     def model(self) -> Path:
         return self.root / "model.pt"  # written by `export`
 
+    @property
+    def lock(self) -> Path:
+        return self.root / ".lock"  # there while `train` writes; see `only_writer`
+
     def read_json(self, path: Path, verb: str) -> Any:
         """What `verb` left in `path`.
 
         Raises:
-            RunError: nothing there yet.
+            RunError: nothing there yet, or no JSON, as where it was cut off.
         """
         self.demand(path, verb)
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(
+                f"{path}: not whole ({error}); run 'python -m training {verb}' again"
+            ) from None
 
     def demand(self, path: Path, verb: str) -> None:
         if not path.exists():
             raise RunError(f"{path}: not there yet; run 'python -m training {verb}' first")
+
+
+@contextmanager
+def only_writer(run: Run, patience: float = PATIENCE) -> Iterator[None]:
+    """Keep other processes from training in the folder of `run`. The lock ends with this process,
+    however that ends.
+
+    Args:
+        patience: seconds to wait for another process.
+
+    Raises:
+        RunError: another process has it; or nothing is prepared.
+    """
+    run.demand(run.report, "prepare")
+    deadline = time.monotonic() + patience
+    while (file := claimed(run.lock)) is None:
+        if time.monotonic() >= deadline:
+            raise RunError(
+                f"{run.root}: another process trains there; wait until it has ended, or choose "
+                "another folder with --run"
+            )
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        run.lock.unlink(missing_ok=True)
+        file.close()
+
+
+def claimed(path: Path) -> IO[str] | None:
+    """The locked file at `path`; None where another process has it."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mine = os.path.samefile(path, file.fileno())
+    except (BlockingIOError, FileNotFoundError):  # the latter: its owner ended just now
+        mine = False
+    except OSError:  # a file system without locks, which is no reason not to train
+        mine = True
+    if mine:
+        return file
+    file.close()
+    return None
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

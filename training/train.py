@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from training.distributed import Processes, processes
 from training.learner import Learner, NotFinite
 from training.loading import Loader
 from training.log import LOG_EVERY, Log, forget_after
+from training.memory import SMALLER_BATCHES, SMALLER_MODEL, enough_memory
 from training.recipe import Recipe, TrainingOptions
-from training.run import Run, RunError, write_json
+from training.run import Run, RunError, only_writer, write_json
 from training.schedule import learning_rate
 from training.scoring import perplexity, score_text
 from training.signals import StopSignals
@@ -30,8 +31,9 @@ from training.tokens import TokenPairs
 
 SAVE_SECONDS = 120.0  # most work that a crash can cost
 STOPPED = 130  # exit code, as of a shell whose command was stopped by Ctrl-C
-NAMED_PAIRS = 8  # of a batch that failed
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "ALLOC_FAILED")  # CUDA, CPU, cuBLAS
+NAMED_BATCHES = 2  # of an update that failed
+NAMED_PAIRS = 3  # of each of these
+SHOWN = 80  # characters of a source
 
 
 class Interrupted(Exception):
@@ -47,6 +49,27 @@ def choose_device(options: TrainingOptions, local: int = 0) -> torch.device:
     if options.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local)
+
+
+def check_lengths(recipe: Recipe, run: Run, source: Tokenizer) -> None:
+    """Whether the model may read what it is to be scored on.
+
+    Raises:
+        RunError: a sentence of validation or test has too many tokens.
+    """
+    longest, where = 0, ""
+    for name in ("validation", "test"):
+        texts, _ = sentences(run.data, name)
+        for number, text in enumerate(texts, 1):
+            length = len(source.encode(text)) + 1
+            if length > longest:
+                longest, where = length, f"line {number} of {run.data / name}.source"
+    if longest > recipe.export.max_source_length:
+        raise RunError(
+            f"export.max_source_length: got {recipe.export.max_source_length}; allowed: at least "
+            f"{longest}, as {where} has so many tokens with EOS; or split that line in the text "
+            "and prepare again"
+        )
 
 
 def tokenizers(run: Run) -> tuple[Tokenizer, Tokenizer]:
@@ -65,12 +88,14 @@ def train(
 
     Args:
         fresh: begin anew, whatever is there.
-        accept_changes: go on under another `training` section than the run began with.
+        accept_changes: go on under another `training` section than the run began with, and with
+            another number of processes.
         wandb: show figures in Weights & Biases too.
 
     Raises:
-        RunError: nothing prepared; a checkpoint of another recipe or data; a loss that is no
-            number; too little memory or disk.
+        RunError: nothing prepared; a checkpoint of another recipe, data or number of processes; a
+            sentence to be scored that is too long; another process that trains there; a loss that
+            is no number; too little memory or disk.
         Interrupted: by a signal, after saving.
     """
     if run.members:
@@ -78,7 +103,10 @@ def train(
             f"{run.root}: is an ensemble; train its members, or choose another folder with --run"
         )
     gpu = choose_device(recipe.training).type == "cuda"
-    with processes(gpu) as all_processes:
+    with (
+        processes(gpu) as all_processes,
+        only_writer(run) if all_processes.first else nullcontext(),
+    ):
         try:
             progress = Trainer(recipe, run, fresh, accept_changes, wandb, all_processes).train()
         except Interrupted:
@@ -115,10 +143,12 @@ class Trainer:
             self.pairs.pairs, self.options.batch_tokens, self.options.batch_sentences,
             self.options.seed,
         )  # fmt: skip
-        self.check_lengths()
+        check_lengths(recipe, run, self.source)
         torch.manual_seed(self.options.seed)
-        self.network = Network(recipe.model, self.source.size, self.target.size).to(self.device)
-        self.learner = Learner(self.network, self.options, all_processes)
+        with enough_memory("making the network", SMALLER_MODEL):
+            network = Network(recipe.model, self.source.size, self.target.size)
+            self.network = network.to(self.device)
+            self.learner = Learner(self.network, self.options, all_processes)
         self.progress = Progress()
         self.since = time.monotonic()
         if not fresh and any(path.exists() for path in (*run.checkpoints, run.best)):
@@ -137,23 +167,44 @@ class Trainer:
         for left in run.checkpoints[0].parent.glob(".*.tmp") if all_processes.first else ():
             left.unlink(missing_ok=True)  # by a process that was killed while it saved
 
-    def check_lengths(self) -> None:
-        longest = int(self.held_out.pairs.source_lengths().max())
-        if longest > self.recipe.export.max_source_length:
-            raise RunError(
-                f"export.max_source_length: got {self.recipe.export.max_source_length}; allowed: "
-                f"at least {longest}, as a validation sentence has so many tokens"
-            )
-
     def resume(self, accept_changes: bool) -> None:
         stored, said = checkpoint.newest(self.recipe, self.run, self.digests, accept_changes)
-        self.progress = checkpoint.restore(stored, self.learner)
+        said += self.elsewhere(stored, accept_changes)
+        with enough_memory("restoring the checkpoint", SMALLER_MODEL):
+            self.progress = checkpoint.restore(stored, self.learner)
         if self.processes.first:
             for line in said:
                 print(f"train: {line}", file=sys.stderr)
             forget_after(self.run.metrics, self.progress.step)
             if accept_changes and not self.progress.finished:
                 checkpoint.adopt(self.recipe, self.run)
+
+    def elsewhere(self, stored: dict[str, Any], accept_changes: bool) -> list[str]:
+        """What to tell of a checkpoint that other processes made, or in another precision.
+
+        Raises:
+            RunError: another number of processes, whose updates are of another size, unless that is
+                accepted or nothing is left to learn.
+        """
+        said = []
+        now, then = self.processes.count, stored.get("processes", self.processes.count)
+        size = then * stored["recipe"]["training"].get("accumulate", 1)
+        if now != then and accept_changes:
+            said.append(
+                f"changed: processes: {then} -> {now}; batches an update: {size} -> "
+                f"{now * self.options.accumulate}"
+            )
+        elif now != then and not stored["progress"]["finished"]:
+            raise RunError(
+                f"{self.run.root}: processes: got {now}; allowed: {then}, as the run was trained "
+                f"by so many: an update would be of {now * self.options.accumulate} batches "
+                f"instead of {size}. Start {then}, or train with --accept-changes; --set "
+                f"training.accumulate={max(1, round(size / now))} with it keeps an update's size"
+            )
+        precision = stored.get("precision", self.learner.precision_name)
+        if precision != self.learner.precision_name:
+            said.append(f"changed: precision: {precision} -> {self.learner.precision_name}")
+        return said
 
     def train(self) -> Progress:
         progress = self.progress
@@ -175,7 +226,7 @@ class Trainer:
                     self.options.select_by: abs(progress.best_score or 0.0),
                     "ended": progress.finished,
                     "parameters": sum(p.numel() for p in self.network.parameters()),
-                    "precision": str(self.learner.precision).removeprefix("torch."),
+                    "precision": self.learner.precision_name,
                     "seconds": round(progress.seconds, 1),
                 },
             )
@@ -191,13 +242,14 @@ class Trainer:
         mine = [group[self.processes.rank :: self.processes.count] for group in groups]
         updates = self.pairs.updates(mine, progress.epoch)
         with self.bar(len(batches)) as bar, closing(updates):
-            for group, own, loaded in zip(groups, mine, updates):
+            for group in groups:
                 epoch = progress.epoch + progress.batch / len(batches)
                 if epoch >= options.epochs:
                     progress.finished = f"{options.epochs:g} epochs are done"
                     return
                 rate = learning_rate(options, progress.step, epoch, progress.disappointments)
-                log.count(self.update(loaded, rate, own))
+                with enough_memory(f"step {progress.step}", SMALLER_BATCHES):
+                    log.count(self.update(next(updates), rate, group))
                 progress.step += 1
                 progress.batch += len(group)
                 if progress.step % LOG_EVERY == 0:
@@ -222,12 +274,14 @@ class Trainer:
         )  # fmt: skip
 
     def update(
-        self, batches: list[Batch], rate: float, own: list[tuple[int, Tensor]]
+        self, batches: list[Batch], rate: float, group: list[tuple[int, Tensor]]
     ) -> dict[str, float]:
         """One update of the weights; what it cost and gave.
 
         Args:
-            own: number in the epoch and pairs of each batch, to name those that fail.
+            batches: those of this process.
+            group: number in the epoch and pairs of each batch of all processes, to name those that
+                fail.
         """
         step = self.progress.step
         try:
@@ -235,23 +289,35 @@ class Trainer:
         except NotFinite as error:
             at = self.run.checkpoints[0]
             kept = f"{at} holds the last good state. " if at.exists() else ""
+            # A process without a batch has a number that is beyond the group.
+            wrong = [group[i] for i in error.batches if i < len(group)] or group
             raise RunError(
-                f"step {step}: {error}, in {named(self.progress.epoch, own)}. {kept}"
-                "Lower training.learning_rate or training.clip_norm, or look at these pairs"
+                f"step {step}: {error}, in {self.named(wrong)}. {kept}Lower training.learning_rate "
+                "or training.clip_norm and go on with --accept-changes, or look at these pairs"
             ) from None
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            text = str(error).splitlines()[0] if str(error) else "out of memory"
-            if isinstance(error, RuntimeError) and not any(one in text for one in OUT_OF_MEMORY):
-                raise
-            raise RunError(
-                f"step {step}: {text.rstrip('.')}. Lower training.batch_tokens "
-                "(training.accumulate makes up for it) or the sizes of the model"
-            ) from None
+
+    def named(self, batches: list[tuple[int, Tensor]]) -> str:
+        """Words for batches of the epoch and the sources in them."""
+        told = []
+        for number, pairs in batches[:NAMED_BATCHES]:
+            some = ", ".join(f"{i + 1} {self.shown(i)!r}" for i in pairs[:NAMED_PAIRS].tolist())
+            told.append(f"batch {number + 1} (pairs {some}{more(len(pairs) - NAMED_PAIRS)})")
+        return (
+            f"epoch {self.progress.epoch + 1}, {', '.join(told)}"
+            f"{more(len(batches) - NAMED_BATCHES)}; pairs are counted from 1 among those kept for "
+            "training, as the lines that distill writes"
+        )
+
+    def shown(self, i: int) -> str:
+        """The source of a pair, cut to what a message bears."""
+        text = self.source.decode(self.pairs.pairs.source(i))
+        return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
     def validate(self, log: Log) -> None:
         """Perplexity and BLEU of the held-out text; keep the best weights; decide to go on."""
         if self.processes.first:
-            with self.learner.averaged():
+            where = f"validation at step {self.progress.step}"
+            with enough_memory(where, SMALLER_BATCHES), self.learner.averaged():
                 figures = {
                     "perplexity": perplexity(
                         self.network, self.held_out.every(self.options.batch_tokens)
@@ -307,11 +373,5 @@ class Trainer:
             checkpoint.rotate(self.run, content)
 
 
-def named(epoch: int, batches: list[tuple[int, Tensor]]) -> str:
-    """Words for batches of an epoch and the pairs in them."""
-    told = []
-    for number, pairs in batches:
-        some = ", ".join(str(i) for i in pairs[:NAMED_PAIRS].tolist())
-        more = f" and {len(pairs) - NAMED_PAIRS} more" if len(pairs) > NAMED_PAIRS else ""
-        told.append(f"batch {number} (pairs {some}{more} of those kept for training)")
-    return f"epoch {epoch + 1}, " + ", ".join(told)
+def more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""

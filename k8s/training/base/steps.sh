@@ -6,6 +6,7 @@
 #   RUN          folder of the run, on a volume that outlives the pod
 #   DATA         folder of the text, instead of the recipe's own; may be empty
 #   OPTIONS      more for every verb, such as --set training.seed=2; may be empty
+#   TRAIN        more for the verb train alone: --accept-changes, after another NODES; may be empty
 #   PUBLISH      folder for seq2seq-<sha256>.mar
 #   PUBLISH_URI  what that folder is called from outside (gs://BUCKET/models); may be empty
 #   REQUIRE_GPU  true: refuse to train on a CPU
@@ -15,7 +16,7 @@
 # Exit status: 0 done; 1 and 2 something that another try would not change (it says what); 130 or 143
 # stopped, and goes on when it is started again.
 set -eu
-NODES=${NODES:-1} INDEX=${JOB_COMPLETION_INDEX:-0} DATA=${DATA:-} OPTIONS=${OPTIONS:-}
+NODES=${NODES:-1} INDEX=${JOB_COMPLETION_INDEX:-0} DATA=${DATA:-} OPTIONS=${OPTIONS:-} TRAIN=${TRAIN:-}
 child='' stopped=''
 
 # Process 1 of a container gets SIGTERM; the step that runs shall have it, and time to save.
@@ -36,7 +37,7 @@ step() {
   [ "$status" -eq 0 ] || exit "$status"
 }
 
-# DATA and OPTIONS may be empty; the latter are words.
+# DATA, OPTIONS and TRAIN may be empty; the latter two are words.
 # shellcheck disable=SC2086
 verb() {
   name=$1; shift
@@ -45,14 +46,14 @@ verb() {
 
 # shellcheck disable=SC2086
 learn() {
-  if [ "$NODES" -eq 1 ]; then verb train; return; fi
+  if [ "$NODES" -eq 1 ]; then verb train $TRAIN; return; fi
   # A pod that is lost ends the others' collective calls: torchrun starts them again, up to
   # max-restarts times, when the new pod has come, and all go on from the last checkpoint.
   # `--`, or it takes our --run for the beginning of its own --run-path.
   if [ "$INDEX" -eq 0 ]; then host=true; else host=false; fi
   step torchrun --nnodes "$NODES" --nproc-per-node 1 --max-restarts 10 --rdzv-backend c10d \
     --rdzv-endpoint "$RENDEZVOUS" --rdzv-conf "is_host=$host" --rdzv-id "$RUN" \
-    -m -- training train "$RECIPE" --run "$RUN" ${DATA:+--data "$DATA"} $OPTIONS
+    -m -- training train "$RECIPE" --run "$RUN" ${DATA:+--data "$DATA"} $OPTIONS $TRAIN
 }
 
 publish() {
