@@ -64,6 +64,7 @@ $(RECIPE):
 
 # What SET and DATA were when a run was last made with any. Others make its files again, and each verb
 # says what it refuses to change; none, as in `make evaluate` after `make train SET=...`, change nothing.
+# A verb that finds all done leaves its file as old as it was: hence `touch`.
 GIVEN := $(strip $(SET) $(DATA))
 export GIVEN
 given := $(if $(GIVEN),$(RUN)/given)
@@ -73,10 +74,12 @@ $(RUN)/given: force
 prepare: $(RUN)/data/report.json  ## clean the text, train the tokenizers
 $(RUN)/data/report.json: $(RECIPE) $(given) | $(READY)
 	$(TRAINING) prepare $(OPTIONS)
+	@touch $@
 
 train: $(RUN)/training.json  ## learn the weights; goes on where a stopped run was (FRESH=1: anew)
 $(RUN)/training.json: $(RUN)/data/report.json $(given) $(if $(TRAIN),force)
 	$(TRAINING) train $(OPTIONS) $(TRAIN)
+	@touch $@
 
 evaluate: $(RUN)/scores.json  ## score the best weights on validation and test text
 $(RUN)/scores.json: $(RUN)/training.json $(given)

@@ -35,6 +35,9 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "additive_attention": ("model.attention=additive",),
     "layer_norm": ("model.layer_norm=true",),
     "word_dropout": ("model.word_dropout=0.1",),
+    "residual": ("model.encoder_layers=2", "model.decoder_layers=2", "model.residual=true"),
+    "inverse_sqrt": ("training.schedule=inverse_sqrt",),
+    "one_cycle": ("training.schedule=one_cycle",),
     "r_drop": ("training.r_drop=2",),
 }
 

@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--table", action="store_true", help="only tell what there is so far")
     arguments = parser.parse_args()
-    if arguments.data is None and not arguments.table:
+    if not arguments.data and not arguments.table:
         parser.error("--data is needed: the folder of the text")
     try:
         trainings = [

@@ -157,7 +157,8 @@ def repacked(packed: PackedSequence, data: Tensor) -> PackedSequence:
 
 
 class AfterLayer(nn.Module):
-    """What follows a layer: residual connection, then layer normalisation (arXiv 1607.06450)."""
+    """What follows a layer: residual connection (arXiv 1609.08144), then layer normalisation
+    (arXiv 1607.06450)."""
 
     def __init__(self, width: int, *, residual: bool, layer_norm: bool) -> None:
         super().__init__()

@@ -16,6 +16,15 @@ class ModelOptions:
     `attention` adds a bidirectional encoder, a learned bridge and attention without input
     feeding, so that the decoder's recurrence never waits for the attention.
 
+    embedding_dropout, output_dropout: of embeddings and of what the generator reads; null for
+        `dropout`, which is between layers (Zaremba et al. 2014, arXiv 1409.2329, section 3.1).
+    recurrent_dropout: see `LSTMStack`. word_dropout, variational_dropout: see `model/dropout.py`.
+    residual: around layers whose input is as wide as their output (Wu et al. 2016, arXiv
+        1609.08144, section 3.1).
+    tie_embeddings: target embeddings are the generator's weights, `all`: the source's too (Press
+        and Wolf 2017, arXiv 1608.05859).
+    init_range: of `uniform`, in which weights begin (arXiv 1409.3215, section 3.4).
+
     Raises:
         ValueError: a combination that cannot work; the message names the fields.
     """
