@@ -1,11 +1,12 @@
-"""The verb prepare on a corpus of any size, and what training reads of it: seconds and memory.
+"""The verbs prepare and train on a corpus of any size: seconds and memory.
 
     python -m bench.prepare --pairs 4500000
 
 Writes a corpus of so many pairs into a temporary folder (words of Zipf's law and sentences as long
 as those of news; a target says its source word by word, some words left out), runs
 `python -m training prepare` on it, and then, in a process of its own, opens the tokens, draws the
-batches of an epoch and collates some of them. Peak RSS is what the kernel counted of each process,
+batches of an epoch and collates some of them; then `python -m training train` makes a few updates
+of a small network and validates once. Peak RSS is what the kernel counted of each process,
 pages of mapped files included, which it takes back where memory is short. OMP_NUM_THREADS is the
 number of threads that encode. Everything is removed at the end.
 """
@@ -37,12 +38,13 @@ EXPONENT = 1.05  # of Zipf's law
 MEAN_LENGTH, SHAPE = 25, 3.0  # words of a sentence: a gamma distribution
 OMITTED = 0.05  # share of words that the target leaves out
 CHUNK = 10_000  # pairs written together
-HELD_OUT = 3000
+HELD_OUT = 200  # pairs, which an untrained network translates slowly
 COLLATED = 200  # batches
+UPDATES = 50
 RECIPE = f"""\
 name: bench
 data: {{train: {{source: train.source, target: train.target}}, held_out: {HELD_OUT}}}
-model: {{}}
+model: {{embedding_size: 64, encoder_hidden_size: 64, decoder_hidden_size: 64, attention_size: 64}}
 tokenizer: {{algorithm: %s, source_vocabulary: %d, target_vocabulary: %d}}
 """
 
@@ -88,6 +90,11 @@ def measured(pairs: int, arguments: argparse.Namespace, folder: Path) -> dict[st
     tokens = run / "data" / "train.tokens"
     _, output = run_alone("-m", "bench.prepare", "--sample", str(tokens))
     found = json.loads(output)
+    epochs = UPDATES / found["batches"]
+    started = time.monotonic()
+    learnt, _ = run_alone("-m", "training", "train", str(recipe), "--run", str(run),
+                          "--set", f"training.epochs={epochs}")  # fmt: skip
+    trained = time.monotonic() - started
     return {
         "text, both sides, MB": f"{text / 1e6:,.0f}",
         "token file of training, MB": f"{tokens.stat().st_size / 1e6:,.0f}",
@@ -102,6 +109,8 @@ def measured(pairs: int, arguments: argparse.Namespace, folder: Path) -> dict[st
         "drawing and collating, peak RSS, MB": f"{found['peak']:,.0f}",
         "of which torch and the rest of Python, MB": f"{found['importing']:,.0f}",
         "of which pages of the token file, MB": f"{found['mapped']:,.0f}",
+        f"training, {UPDATES} updates and a validation, seconds": f"{trained:,.0f}",
+        "training, peak RSS, MB": f"{learnt.ru_maxrss / 1e3:,.0f}",
     }
 
 
