@@ -11,14 +11,12 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from handler.decoding.lane import Lane, Vocabulary
+from handler.decoding.lane import Encoded, Lane, Move, Vocabulary
 from handler.decoding.model import SequenceModel, SourceLengthError, encode_batch
 from handler.decoding.options import DecodingOptions
 from handler.decoding.sentence import Event, Sentence
@@ -28,41 +26,6 @@ logger = logging.getLogger(__name__)
 ENCODED_AHEAD = 16  # sentences; see `Engine.fill`
 STEPS = 16  # that callers ask for at once, between two looks of theirs at what has ended
 TURN = 4  # beside others, a client with much to translate gets a quarter of the turns
-
-
-@dataclass
-class Encoded:
-    """Sentences that were encoded together and enter as rows become free."""
-
-    sentences: list[Sentence]
-    state: list[Tensor]  # [N, 1, ...]
-    attended: list[Tensor]  # [N, S, ...]
-    entered: int = 0  # of `sentences`, or cancelled
-
-    @property
-    def done(self) -> bool:
-        return self.entered == len(self.sentences)
-
-    def next(self, alive: Container[int], free: int) -> list[int]:
-        """Places of the sentences that fit into `free` rows, which have then entered."""
-        places: list[int] = []
-        for one in self.sentences[self.entered :]:
-            if one.id in alive:
-                if one.options.beam_size > free:
-                    break
-                free -= one.options.beam_size
-                places.append(self.entered)
-            self.entered += 1
-        return places
-
-
-@dataclass(frozen=True)
-class Move:
-    """A sentence on its way to a lane of another width, with its rows."""
-
-    sentence: Sentence
-    state: list[Tensor]  # [1, K, ...]
-    attended: list[Tensor]  # [1, S, ...]
 
 
 class Engine:
@@ -251,10 +214,11 @@ class Engine:
     def most_together(self, most: int) -> int:
         """The steps, up to `most`, that all lanes can make without being looked at in between;
         where each looks itself for what ends, several lanes go one by one."""
-        if len(self.lanes) > 1:
-            most = min(most, *(lane.steady() for lane in self.lanes.values()))
-            most = most if self.vocabulary.unseen else 1
-        return most
+        if len(self.lanes) < 2:
+            return most
+        if not self.vocabulary.unseen:
+            return 1
+        return min(most, *(lane.steady() for lane in self.lanes.values()))
 
     def in_time(self, until: float) -> Callable[[], bool]:
         return lambda: self.clock() < min(until, self.next_deadline)

@@ -1,8 +1,9 @@
-"""The live sentences that have equally many hypotheses, and their rows."""
+"""The live sentences that have equally many hypotheses, and their rows; and those on their way
+into a lane."""
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,41 @@ class Vocabulary:
         shortlisted = bool(getattr(model, "shortlisted", False))
         unseen = int(getattr(model, "unseen", 0))
         return cls(model.bos_id, model.eos_id, model.target_vocabulary, never, shortlisted, unseen)
+
+
+@dataclass
+class Encoded:
+    """Sentences that were encoded together and enter as rows become free."""
+
+    sentences: list[Sentence]
+    state: list[Tensor]  # [N, 1, ...]
+    attended: list[Tensor]  # [N, S, ...]
+    entered: int = 0  # of `sentences`, or cancelled
+
+    @property
+    def done(self) -> bool:
+        return self.entered == len(self.sentences)
+
+    def next(self, alive: Container[int], free: int) -> list[int]:
+        """Places of the sentences that fit into `free` rows, which have then entered."""
+        places: list[int] = []
+        for one in self.sentences[self.entered :]:
+            if one.id in alive:
+                if one.options.beam_size > free:
+                    break
+                free -= one.options.beam_size
+                places.append(self.entered)
+            self.entered += 1
+        return places
+
+
+@dataclass(frozen=True)
+class Move:
+    """A sentence on its way to a lane of another width, with its rows."""
+
+    sentence: Sentence
+    state: list[Tensor]  # [1, K, ...]
+    attended: list[Tensor]  # [1, S, ...]
 
 
 class Lane:
