@@ -31,7 +31,7 @@ HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: force help setup prepare train evaluate export archive mar ensemble distill report serve translate demo test lint k8s-tools image image-test loadtest autoscale bench paper clean
+.PHONY: force help setup prepare train evaluate export archive mar ensemble distill diversify report serve translate demo test lint k8s-tools image image-test loadtest autoscale bench paper clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -109,6 +109,9 @@ ensemble: | $(READY)  ## MEMBERS="runs/a runs/b" RUN=runs/all: several trained r
 
 distill: $(RUN)/training.json  ## text with the run's translations as targets, for a student (OUT=folder)
 	$(TRAINING) distill $(OPTIONS) --out $(OUT)
+
+diversify: | $(READY)  ## your text, and what teachers of both directions make of it, for a student (RUN=folder)
+	$(TRAINING) diversify $(OPTIONS)
 
 report: | $(READY)  ## write RUN/report/index.html, also of a run that is still training
 	$(TRAINING) report $(OPTIONS)

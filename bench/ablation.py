@@ -17,7 +17,7 @@ from bench.machine import described
 from bench.paper import Training, learn
 from training.recipe import Recipe, load
 from training.run import Run
-from training.train import Interrupted
+from training.signals import Interrupted
 
 WHOLE = "recipe"
 # The ingredients of recipes/multi30k_en_de.yaml one by one, then what it does not use.
@@ -63,7 +63,7 @@ def main() -> int:
         ]
         learn(trainings, CHANGES, [trainings[0].recipe.scoring.beam_size])
     except Interrupted as stop:
-        print(f"ablation: {stop}: give the same command again", file=sys.stderr)
+        print(f"ablation: {stop}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"ablation: {error}", file=sys.stderr)

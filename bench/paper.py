@@ -42,9 +42,10 @@ from training.prepare import prepare
 from training.recipe import Recipe, TrainingOptions, load
 from training.run import Run, write_json, write_text
 from training.scoring import score_text
+from training.signals import Interrupted
 from training.tokenizer import encoder
 from training.tokens import TokenPairs
-from training.train import Interrupted, choose_device, tokenizers, train
+from training.train import choose_device, tokenizers, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "paper_multi30k_de_en.yaml"
 SETS = ("validation", "test")
@@ -103,7 +104,7 @@ def main() -> int:
         if not arguments.table:
             replicate(trainings, arguments.runs)
     except Interrupted as stop:
-        print(f"paper: {stop}: give the same command again", file=sys.stderr)
+        print(f"paper: {stop}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"paper: {error}", file=sys.stderr)

@@ -20,7 +20,8 @@ from training import checkpoint
 from training.distributed import Processes, processes
 from training.recipe import load
 from training.run import RunError
-from training.train import Interrupted, Trainer, train
+from training.signals import Interrupted
+from training.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +123,7 @@ def test_processes_that_were_stopped_go_on_as_if_they_were_not(
     done = torchrun(tiny, TERMINATED)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
-    assert said == [f"train: stopped at step {STOP}; train again to go on"]
+    assert said == [f"train: stopped at step {STOP}; the same command goes on"]
     assert "KeyboardInterrupt" not in done.stderr
     assert checkpoint.load(tiny.run.checkpoints[0])["progress"]["step"] == STOP
     done = torchrun(tiny)

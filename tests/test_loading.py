@@ -15,8 +15,9 @@ from handler.tokenizer import Tokenizer
 from model import SpecialTokens
 from training.batches import Batch, collate, mixed
 from training.loading import AHEAD, Loader
+from training.signals import Interrupted
 from training.tokens import TokenPairs
-from training.train import Interrupted, tokenizers
+from training.train import tokenizers
 
 SPECIAL = SpecialTokens()
 Plan = list[list[tuple[int, Tensor]]]

@@ -12,7 +12,8 @@ from training.checkpoint import Progress
 from training.log import LOG_EVERY, Log, forget_after
 from training.recipe import load
 from training.run import Run
-from training.train import Interrupted, train
+from training.signals import Interrupted
+from training.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -30,7 +30,8 @@ from training.loss import batch_loss
 from training.prepare import prepare
 from training.recipe import load
 from training.run import RunError
-from training.train import Interrupted, Trainer, train
+from training.signals import Interrupted
+from training.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,7 +24,7 @@ from training import checkpoint
 from training.evaluate import evaluate
 from training.recipe import load
 from training.run import RunError, only_writer
-from training.train import Interrupted
+from training.signals import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def test_a_run_that_was_stopped_twice_is_the_same_run(
     signal_at(monkeypatch, lambda step: step in stops)
     for step in stops:
         torch.manual_seed(step)  # whatever the process did before
-        with pytest.raises(Interrupted, match=f"stopped at step {step}; train again to go on"):
+        with pytest.raises(Interrupted, match=f"stopped at step {step}; the same command goes on"):
             tiny.train()
         assert checkpoint.load(tiny.run.checkpoints[0])["progress"]["step"] == step
         assert not tiny.run.summary.exists()
@@ -78,7 +78,7 @@ def test_the_kinds_differ_in_what_resuming_must_restore(straight: StraightRuns) 
 def test_ctrl_c_on_the_command_line(straight: StraightRuns, tiny: Tiny) -> None:
     done = in_process(tiny, at_step(24, f"os.kill(os.getpid(), {int(signal.SIGINT)})"))
     assert done.returncode == 130
-    assert done.stderr.splitlines()[-1] == "train: stopped at step 24; train again to go on"
+    assert done.stderr.splitlines()[-1] == "train: stopped at step 24; the same command goes on"
     assert "Traceback" not in done.stderr
     tiny.train()
     assert_same_run(tiny.run, straight["attention"].run)

@@ -10,6 +10,7 @@ from pathlib import Path
 from handler.fields import read
 from training.recipe import Recipe, load
 from training.run import Run
+from training.signals import Interrupted
 
 VERBS = {
     "prepare": "clean the text, train the tokenizers, write token files",
@@ -21,6 +22,7 @@ VERBS = {
     "report": "write report/index.html: curves, scores, attention, translations",
     "translate": "translate standard input to standard output, line by line",
     "distill": "write the training text with a run's translations as its targets, for a student",
+    "diversify": "train teachers of both directions; write their translations and the text as one",
 }
 
 
@@ -56,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("--beam-size", type=int, default=5, help="default: 5")
             verb.add_argument("--interpolate", action="store_true",
                               help="of each beam take what is most like the reference")
+        if name == "diversify":
+            verb.add_argument("--forward", type=int, default=2, help="teachers; default: 2")
+            verb.add_argument("--backward", type=int, default=1,
+                              help="teachers that translate targets to sources; default: 1")
+            verb.add_argument("--beam-size", type=int, default=5, help="default: 5")
         if name == "export":
             verb.add_argument("--weights", help="float32 or int8; instead of export.weights")
         if name == "archive":
@@ -80,6 +87,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"{arguments.verb}: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(f"{arguments.verb}: {stop}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print(f"\n{arguments.verb}: stopped", file=sys.stderr)
         return 130
@@ -97,15 +107,9 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
 
             print(dry_run(recipe, run))
             return 0
-        from training.train import Interrupted, train
+        from training.train import train
 
-        try:
-            progress = train(
-                recipe, run, arguments.fresh, arguments.accept_changes, arguments.wandb
-            )
-        except Interrupted as stop:
-            print(f"train: {stop}", file=sys.stderr)
-            return 130
+        progress = train(recipe, run, arguments.fresh, arguments.accept_changes, arguments.wandb)
         print(f"finished at step {progress.step}: {progress.finished}; best at step "
               f"{progress.best_step}")
     elif arguments.verb == "ensemble":
@@ -119,6 +123,13 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
         given = {"beam_size": arguments.beam_size, "interpolate": arguments.interpolate}
         asked = read(DistillOptions, given)
         print(distill(recipe, run, arguments.out, asked))
+    elif arguments.verb == "diversify":
+        from training.diversify import DiversifyOptions, diversify
+
+        names = ("forward", "backward", "beam_size")
+        given = {name: getattr(arguments, name) for name in names}
+        texts = diversify(recipe, run.root, read(DiversifyOptions, given))
+        print(f"{run.root / 'recipe.yaml'}: the text {texts} times, for a student")
     elif arguments.verb == "evaluate":
         from training.evaluate import evaluate
 

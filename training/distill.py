@@ -100,7 +100,7 @@ def distill(
     pairs = TokenPairs.load(run.data / "train.tokens")
     device = choose_device(recipe.training)
     model, origin = best_model(reading(recipe, pairs), run, device)
-    claim(folder, made_by(recipe, origin, options))
+    claim(folder / "distilled.json", made_by(recipe, origin, options))
     source, target = tokenizers(run)
     references = texts(pairs.target, target)
     finished = folder / "train.target"
@@ -117,9 +117,8 @@ def distill(
             ])  # fmt: skip
         sources = texts(pairs.source, source)
         write_lines(folder / "train.source", map(sources, range(len(pairs))))
-        for name in (f"{name}.{side}" for name in GIVEN for side in Pair._fields):
-            write_bytes(folder / name, (run.data / name).read_bytes())
-        write_text(folder / "recipe.yaml", student(recipe))
+        copy_given(run.data, folder)
+        write_text(folder / "recipe.yaml", student(recipe, "distilled"))
         os.replace(partial, finished)
     seconds = time.monotonic() - since
     return Summary(folder, len(pairs), translated, seconds, likeness(finished, references, recipe))
@@ -146,13 +145,14 @@ def made_by(recipe: Recipe, origin: Origin, options: DistillOptions) -> dict[str
     return made
 
 
-def claim(folder: Path, made: dict[str, Any]) -> None:
-    """Make `folder` the one that is `made` so, unless it is already.
+def claim(former: Path, made: dict[str, Any]) -> None:
+    """Make the folder of `former` the one that is `made` so, which that file says, unless it is
+    already.
 
     Raises:
         RunError: a folder that holds something else, or was begun otherwise.
     """
-    former = folder / "distilled.json"
+    folder = former.parent
     if former.exists():
         begun = json.loads(former.read_text(encoding="utf-8"))
         changed = [
@@ -256,15 +256,21 @@ def write_lines(path: Path, texts: Iterable[str]) -> None:
     write_atomically(path, write)
 
 
+def copy_given(data: Path, folder: Path) -> None:
+    """The text of the sets that are not trained on."""
+    for name in (f"{name}.{side}" for name in GIVEN for side in Pair._fields):
+        write_bytes(folder / name, (data / name).read_bytes())
+
+
 def line_of(text: str) -> bytes:
     """A model with byte pieces can say a line break, too."""
     return text.replace("\n", " ").encode() + b"\n"
 
 
-def student(recipe: Recipe) -> str:
-    """`recipe` for the text beside it, as YAML."""
+def student(recipe: Recipe, kind: str) -> str:
+    """`recipe` for the text beside it, as YAML; its name ends in `kind`."""
     described = recipe.as_dict()
-    described["name"] += "-distilled"
+    described["name"] += f"-{kind}"
     described["data"] = {
         name: {side: f"{name}.{side}" for side in Pair._fields} for name in ("train", *GIVEN)
     }

@@ -4,6 +4,10 @@ import signal
 from types import FrameType, TracebackType
 
 
+class Interrupted(Exception):
+    """Stopped by Ctrl-C or SIGTERM; everything needed to go on is saved."""
+
+
 class StopSignals:
     """Turns Ctrl-C and SIGTERM into a request to stop after the current update; a second Ctrl-C
     stops at once. A second SIGTERM does not: under torchrun and a job scheduler, both send one."""

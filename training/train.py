@@ -26,7 +26,7 @@ from training.recipe import Recipe, TrainingOptions
 from training.run import Run, RunError, only_writer, write_json
 from training.schedule import learning_rate
 from training.scoring import perplexity, score_text
-from training.signals import StopSignals
+from training.signals import Interrupted, StopSignals
 from training.tokens import TokenPairs
 
 SAVE_SECONDS = 120.0  # most work that a crash can cost
@@ -34,10 +34,6 @@ STOPPED = 130  # exit code, as of a shell whose command was stopped by Ctrl-C
 NAMED_BATCHES = 2  # of an update that failed
 NAMED_PAIRS = 3  # of each of these
 SHOWN = 80  # characters of a source
-
-
-class Interrupted(Exception):
-    """Stopped by Ctrl-C or SIGTERM; everything needed to go on is saved."""
 
 
 def choose_device(options: TrainingOptions, local: int = 0) -> torch.device:
@@ -261,7 +257,7 @@ class Trainer:
                 elif asked or time.monotonic() - self.since > SAVE_SECONDS:
                     self.save()
                 if asked and not progress.finished:
-                    raise Interrupted(f"stopped at step {progress.step}; train again to go on")
+                    raise Interrupted(f"stopped at step {progress.step}; the same command goes on")
                 if progress.finished:
                     return
         progress.epoch, progress.batch = progress.epoch + 1, 0
