@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,8 @@ from training.run import Run, RunError
 from training.tokens import TokenPairs
 from training.train import tokenizers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 NAMES = {
     "distilled.json", "recipe.yaml", "train.source", "train.target", "validation.source",
@@ -35,14 +36,10 @@ NAMES = {
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Many windows, in a small corpus, and sums of floats that do not depend on other tests."""
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many windows, in a small corpus."""
     monkeypatch.setattr(training.distill, "WINDOW", 50)
     monkeypatch.setattr(training.distill, "SENTENCES", {"cpu": 8})
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +72,18 @@ def told(teacher: Path, sources: list[str], **options: object) -> list[list[str]
     ]
 
 
-def references(teacher: Path) -> tuple[list[str], list[str]]:
-    """The text of both sides that the run was trained on."""
-    run = Run(teacher / "run")
+def learnt(run: Run) -> list[tuple[str, str]]:
+    """The text of the pairs that `run` was trained on."""
     pairs = TokenPairs.load(run.data / "train.tokens")
+    source, target = tokenizers(run)
     ids = [ids_of(pairs, i) for i in range(len(pairs))]
-    return tuple(  # type: ignore[return-value]
-        [tokenizer.decode(one[side]) for one in ids]
-        for side, tokenizer in enumerate(tokenizers(run))
-    )
+    return [(source.decode(one), target.decode(other)) for one, other in ids]
+
+
+def references(teacher: Path) -> tuple[list[str], list[str]]:
+    """The same of the teacher, side by side."""
+    sources, targets = zip(*learnt(Run(teacher / "run")))
+    return list(sources), list(targets)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -278,10 +278,7 @@ def test_an_ensemble_teaches_a_student_from_the_command_line(
     out.rename(moved)
     student = trained(moved / "recipe.yaml", tmp_path / "student", "training.epochs=0.1")
     assert load(moved / "recipe.yaml").name == "tiny-distilled"
-    pairs = TokenPairs.load(student.data / "train.tokens")
-    _, target = tokenizers(student)
-    learnt = {target.decode(ids_of(pairs, i)[1]) for i in range(len(pairs))}
-    assert learnt <= set(lines_of(moved / "train.target"))
+    assert {target for _, target in learnt(student)} <= set(lines_of(moved / "train.target"))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """The verb diversify: the training text beside what teachers of both directions make of it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_verb
-from test_ensemble import ids_of, text, trained
+from test_distill import learnt, lines_of
+from test_ensemble import text, trained
 
 import training.diversify
 from handler.fields import FieldError, read
@@ -15,19 +15,11 @@ from training.diversify import DiversifyOptions, diversify
 from training.recipe import load
 from training.run import Run, RunError
 from training.signals import Interrupted
-from training.tokens import TokenPairs
-from training.train import tokenizers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETS = [f"{name}.{side}" for name in ("train", "validation", "test") for side in
         ("source", "target")]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +34,6 @@ def straight(recipe_file: Path) -> Path:
     folder = recipe_file.parent / "straight"
     assert diversify(load(recipe_file), folder, DiversifyOptions(2, 1, 2)) == 4
     return folder
-
-
-def lines_of(path: Path) -> list[str]:
-    return path.read_text().split("\n")[:-1]
-
-
-def learnt(run: Run) -> list[tuple[str, str]]:
-    pairs = TokenPairs.load(run.data / "train.tokens")
-    source, target = tokenizers(run)
-    ids = [ids_of(pairs, i) for i in range(len(pairs))]
-    return [(source.decode(one), target.decode(other)) for one, other in ids]
 
 
 def test_each_teacher_adds_the_text_once_on_the_side_that_it_says(straight: Path) -> None:
@@ -123,7 +104,6 @@ def test_what_was_stopped_anywhere_goes_on_and_gives_the_same(
             steps[0] += 1
             if steps[0] in stops:
                 stops.remove(steps[0])
-                steps[0] = 0
                 raise Interrupted("stopped at step 1; the same command goes on")
             return genuine(*arguments)  # type: ignore[operator]
 

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,8 @@ from training.run import Run, RunError
 from training.tokens import TokenPairs
 from training.train import tokenizers, train
 from training.translate import translate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 RECIPE = """\
@@ -58,14 +59,6 @@ OTHERWISE = (  # what members may differ in
     "training.seed=7",
     "training.average=0.9",
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 def text(folder: Path) -> Path:

@@ -53,6 +53,11 @@ class Processes:
         return values[0]
 
 
+def process_count() -> int:
+    """How many processes torchrun started, as its environment tells; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def processes(gpu: bool) -> Iterator[Processes]:
     """Join those that torchrun started, as its environment tells.
@@ -63,7 +68,7 @@ def processes(gpu: bool) -> Iterator[Processes]:
     Raises:
         RunError: another process has ended.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = process_count()
     if count == 1:
         yield Processes()
         return

@@ -17,12 +17,12 @@ What is finished is kept, so the same command goes on where it was stopped.
 """
 
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from training.corpus import Pair
 from training.distill import (
@@ -34,6 +34,7 @@ from training.distill import (
     texts,
     write_lines,
 )
+from training.distributed import process_count
 from training.prepare import prepare
 from training.recipe import DataOptions, FilesOptions, Recipe
 from training.run import Run, RunError, write_atomically, write_text
@@ -60,9 +61,8 @@ def diversify(recipe: Recipe, folder: Path, options: DiversifyOptions = Diversif
             one process; and what `prepare`, `train` and `distill` raise.
         Interrupted: by a signal, after saving; the same call goes on.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:  # torchrun's others end with the first teacher
-        raise RunError(f"processes: got {processes}; allowed: 1, so without torchrun")
+    if process_count() > 1:  # the others would end with the first teacher
+        raise RunError(f"processes: got {process_count()}; allowed: 1, so without torchrun")
     claim(folder / "diversified.json", dataclasses.asdict(options))
     first = Run(folder / "forward-1")
     original = folder / "original"
@@ -76,9 +76,7 @@ def diversify(recipe: Recipe, folder: Path, options: DiversifyOptions = Diversif
     for direction, count, of_all, (read, said) in directions:
         for number in range(count):
             name = f"{direction}-{number + 1}"
-            seed = of_all.training.seed + number
-            learning = dataclasses.replace(of_all.training, seed=seed)
-            one = dataclasses.replace(of_all, training=learning)
+            one = learning(of_all, seed=of_all.training.seed + number)
             text = folder / f"{name}.text"
             taught(name, one, Run(folder / name), text, DistillOptions(options.beam_size))
             sides[read].append(text / "train.source")
@@ -87,10 +85,13 @@ def diversify(recipe: Recipe, folder: Path, options: DiversifyOptions = Diversif
         join(parts, folder / f"train.{side}")
     copy_given(first.data, folder)
     epochs = round(recipe.training.epochs * UPDATES / len(sides["source"]), 2)
-    longer = dataclasses.replace(recipe.training, epochs=epochs)
-    learnt = dataclasses.replace(recipe, training=longer)
-    write_text(folder / "recipe.yaml", student(learnt, "diversified"))
+    write_text(folder / "recipe.yaml", student(learning(recipe, epochs=epochs), "diversified"))
     return len(sides["source"])
+
+
+def learning(recipe: Recipe, **changes: Any) -> Recipe:
+    """`recipe` with other values in its section training."""
+    return dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, **changes))
 
 
 def taught(name: str, recipe: Recipe, run: Run, text: Path, options: DistillOptions) -> None:
