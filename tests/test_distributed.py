@@ -26,9 +26,20 @@ from training.train import Trainer, train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STOP = 7
+# The group's threads, should one be there when the interpreter ends: it aborts the process where it
+# then asks for the interpreter's lock.
+LEFT = """
+import atexit, pathlib
+@atexit.register
+def left():
+    threads = [one.read_text() for one in pathlib.Path("/proc/self/task").glob("*/comm")]
+    if any("gloo" in one for one in threads):
+        print("left:", *threads, file=sys.stderr)
+"""
 # What a job scheduler does: SIGTERM to every process, and torchrun sends its own on. The second
 # process hears of it from the first alone.
 TERMINATED = f"""
+{LEFT}
 import os, signal, time
 def terminated(first):
     if not first:
@@ -78,14 +89,15 @@ def together(
 ) -> tuple[Tiny, subprocess.CompletedProcess[str]]:
     """A run of two processes that was never stopped."""
     tiny = exact(prepared.copy(tmp_path_factory.mktemp("together") / "tiny"))
-    return tiny, torchrun(tiny)
+    return tiny, torchrun(tiny, LEFT)
 
 
 def test_two_processes_learn_what_one_learns_from_two_batches(
     together: tuple[Tiny, subprocess.CompletedProcess[str]], tiny: Tiny
 ) -> None:
     both, done = together
-    assert done.returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert "left:" not in done.stderr
     exact(tiny).change("epochs: 2", "epochs: 2\n  accumulate: 2")
     before = [p.detach().clone() for p in tiny.trainer().network.parameters()]
     tiny.train()
@@ -124,6 +136,7 @@ def test_processes_that_were_stopped_go_on_as_if_they_were_not(
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("train: ")]
     assert said == [f"train: stopped at step {STOP}; the same command goes on"]
+    assert "left:" not in done.stderr
     assert "KeyboardInterrupt" not in done.stderr
     assert checkpoint.load(tiny.run.checkpoints[0])["progress"]["step"] == STOP
     done = torchrun(tiny)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import TypeVar
 
 import torch
@@ -75,6 +76,10 @@ def processes(gpu: bool) -> Iterator[Processes]:
     mine = Processes(int(os.environ["RANK"]), count, int(os.environ["LOCAL_RANK"]))
     if gpu:
         torch.cuda.set_device(mine.local)
+    # Its functions have the group as a default argument where it is loaded after the group is made,
+    # as DistributedDataParallel does: the group would never end, and its threads abort a process
+    # that leaves while one of them asks for the interpreter's lock.
+    import_module("torch.distributed.nn.functional")
     distributed.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
         yield mine

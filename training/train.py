@@ -103,14 +103,15 @@ def train(
         processes(gpu) as all_processes,
         only_writer(run) if all_processes.first else nullcontext(),
     ):
+        code = None
         try:
             progress = Trainer(recipe, run, fresh, accept_changes, wandb, all_processes).train()
         except Interrupted:
             if all_processes.first:
                 raise
-            sys.exit(STOPPED)
+            code = STOPPED
     if not all_processes.first:
-        sys.exit()
+        sys.exit(code)
     return progress
 
 
