@@ -235,6 +235,9 @@ def test_other_weights_or_options_do_not_go_on(teacher: Path, tmp_path: Path) ->
     with pytest.raises(RunError, match=r"out: weights: begun with \['\w{64}'\], got \['\w{64}'\]"):
         distill(recipe, other, out, DistillOptions(beam_size=2))
     assert files(out) == former
+    (out / "distilled.json").write_text("{")
+    with pytest.raises(RunError, match=r"out/distilled\.json: not whole \(.*\); delete .*/out, or"):
+        made(teacher, out, beam_size=2)
 
 
 def test_a_folder_with_other_files_is_left_alone(teacher: Path, tmp_path: Path) -> None:

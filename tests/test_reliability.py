@@ -298,6 +298,25 @@ def test_too_little_memory_is_explained(
         raise RunError(error)
 
 
+def test_a_checkpoint_that_memory_is_too_little_for_is_not_called_spoilt(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is the one before taken in its place, which costs the work since."""
+    with monkeypatch.context() as patched:
+        signal_at(patched, lambda step: step == 18)
+        with pytest.raises(Interrupted):
+            tiny.train()
+    before = tiny.files()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: no_memory())
+    code, error = verb(monkeypatch, capsys, tiny, "train")
+    assert code == 1
+    assert error.startswith(f"train: reading {tiny.run.checkpoints[0]}: ")
+    assert "allocate memory" in error
+    assert "take a machine with more memory" in error
+    assert "whole" not in error
+    assert tiny.files() == before
+
+
 def test_other_errors_are_not_taken_for_too_little_memory(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from handler.integrity import sha256
 from training.learner import Learner
+from training.memory import ELSEWHERE, TooLittleMemory, enough_memory
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically
 
@@ -82,16 +83,20 @@ def load(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU.
 
     Raises:
-        RunError: a file that is cut off, was damaged after it was written, or is no checkpoint.
+        RunError: a file that is cut off, was damaged after it was written, or is no checkpoint; too
+            little memory for it.
     """
     try:
         with zipfile.ZipFile(path) as records:  # their checksums, which torch.load never looks at
             if (spoilt := records.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{spoilt} does not match its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with enough_memory(f"reading {path}", f"Its weights do not fit: {ELSEWHERE}"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if {"recipe", "digests", "progress", "network", "average", "optimizer"} <= set(content):
             return content
         problem = "it lacks parts"
+    except TooLittleMemory:
+        raise
     except FileNotFoundError:
         raise RunError(f"{path}: no checkpoint; run 'python -m training train' first") from None
     except Exception as error:  # a cut-off zip fails in many ways, all meaning the same
@@ -155,7 +160,7 @@ def newest(
     """The newest checkpoint of `run` that is whole, and what to tell of the choice.
 
     Raises:
-        RunError: none is whole, or it is of another recipe or of other data.
+        RunError: none is whole, or it is of another recipe or of other data; too little memory.
     """
     sections = (*PREPARED, "model") if accept_changes else DECISIVE
     said: list[str] = []
@@ -164,7 +169,7 @@ def newest(
     for path in paths:
         try:
             stored = load_own(path, recipe, digests, sections)
-        except ChangedError:
+        except (ChangedError, TooLittleMemory):
             raise
         except RunError as error:
             said.append(str(error))

@@ -154,7 +154,12 @@ def claim(former: Path, made: dict[str, Any]) -> None:
     """
     folder = former.parent
     if former.exists():
-        begun = json.loads(former.read_text(encoding="utf-8"))
+        try:
+            begun = json.loads(former.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(
+                f"{former}: not whole ({error}); delete {folder}, or take another folder with --out"
+            ) from None
         changed = [
             f"{key}: begun with {begun.get(key)!r}, got {made.get(key)!r}"
             for key in begun.keys() | made.keys()

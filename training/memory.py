@@ -24,6 +24,10 @@ ELSEWHERE = (
 )
 
 
+class TooLittleMemory(RunError):
+    """What was asked for needs more memory than there is."""
+
+
 @contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
     """Tells a lack of memory as one of the run.
@@ -33,7 +37,7 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         advice: which setting to lower.
 
     Raises:
-        RunError: there was too little memory.
+        TooLittleMemory: there was.
     """
     try:
         yield
@@ -41,4 +45,4 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         text = (str(error) or "out of memory").splitlines()[0]
         if not isinstance(error, MemoryError) and not any(one in text for one in OUT_OF_MEMORY):
             raise
-        raise RunError(f"{what}: {text.rstrip('.')}. {advice}") from None
+        raise TooLittleMemory(f"{what}: {text.rstrip('.')}. {advice}") from None
