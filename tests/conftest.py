@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny_run import LETTERS, StraightRuns, Tiny
 
 from handler.decoding import native
@@ -32,6 +33,10 @@ from training.recipe import Recipe, load
 from training.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+# How long an example takes depends on what else the machine does.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+
 GUARD_SECONDS = 120  # against a hang; no statement about speed
 JSON = {"Content-Type": "application/json"}
 TEXT = {"Content-Type": "text/plain"}

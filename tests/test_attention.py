@@ -133,7 +133,7 @@ def test_the_readout_reads_state_and_context(form: str, heads: int) -> None:
 
 
 @each_form
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 999), n=st.integers(1, 5), longest=st.integers(1, 9))
 def test_steps_equal_teacher_forcing(
     form: str, heads: int, seed: int, n: int, longest: int

@@ -101,7 +101,7 @@ def test_a_pod_is_the_birth_death_process_that_it_is_said_to_be(
         assert requests == pytest.approx(0.7 / 0.3, rel=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     requests=st.lists(
         st.tuples(st.floats(0, 5), st.floats(0.01, 20)), min_size=1, max_size=120
@@ -440,7 +440,7 @@ def test_more_pods_are_never_slower() -> None:
     assert refused == sorted(refused, reverse=True)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 1000),
     start=st.sampled_from([0.0, 8.0, 90.0]),

@@ -3,7 +3,7 @@
 import hashlib
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model import SpecialTokens
@@ -32,7 +32,6 @@ def test_pairs_without_a_token_can_be_collated() -> None:
     assert [t.tolist() for t in batch] == [[[3]], [1], [[2]], [[3]], [1]]
 
 
-@settings(deadline=None)
 @given(
     pair_lists, st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**31 - 1), st.integers(0, 99)
 )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from training.corpus import (
@@ -102,7 +102,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
-@settings(deadline=None)
 @given(st.binary(), st.binary())
 def test_arbitrary_bytes_are_pairs_or_a_corpus_error(scratch: Path, a: bytes, b: bytes) -> None:
     written(scratch, a=a, b=b, t=a + b)
@@ -115,7 +114,6 @@ def test_arbitrary_bytes_are_pairs_or_a_corpus_error(scratch: Path, a: bytes, b:
         assert not any("\n" in text for pair in pairs for text in pair)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n")), min_size=1
@@ -164,7 +162,6 @@ def test_a_held_out_sentence_comes_once_and_never_in_training() -> None:
     assert report.dropped["source held out"] == 2
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.text("ab ", max_size=3), st.text("xy", max_size=2)), max_size=60),
     st.integers(1, 4),

@@ -75,7 +75,7 @@ EXPECTED = {
     "2003-05-21": "21 May 03 | May 21 03 | '03. 5. 21. | 03년 5월 21일",
 }
 ANY_DAY = st.dates(dates.FIRST_DAY, dates.LAST_DAY)
-PROPERTY = settings(max_examples=30, deadline=None, database=None)
+PROPERTY = settings(max_examples=30, database=None)
 
 
 def read(folder: Path) -> Corpus:

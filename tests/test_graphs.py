@@ -112,7 +112,7 @@ def attention():
 # The engine over it
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 9999), rows=st.integers(5, 12))
 def test_sentences_come_out_as_without_graphs(model, seed, rows):
     """Greedy, beams, sampling, prefixes and all else mixed, at random times."""
@@ -190,7 +190,7 @@ def test_a_sentence_that_is_not_finite_fails_alone():
 # One step
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(
     st.tuples(st.integers(1, 9), st.sampled_from([1, 3]), st.sampled_from([3, 16, 17, 40]),
               st.integers(1, 8), st.booleans()),
@@ -358,7 +358,7 @@ def test_buckets_are_few():
 # The choice of tokens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 3), vocabulary=st.integers(1, 400), count=st.integers(1, 12),
        levels=st.sampled_from([1, 3, 50, 10**6]), seed=st.integers(0, 999))
 def test_the_greatest_come_first_and_equals_by_id(rows, vocabulary, count, levels, seed):

@@ -73,7 +73,7 @@ def test_a_product_is_that_of_whole_numbers() -> None:
     assert torch.equal(plain(x), expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 40), inputs=st.integers(1, 200), outputs=st.integers(1, 200),
     seed=st.integers(0, 999),

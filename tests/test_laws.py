@@ -233,7 +233,7 @@ def run(engine, tasks, draw):
     return events, had
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @example(seed=2427, rows=5)  # a near tie of single precision: logits of 4.516233 and 4.516229
 @given(seed=st.integers(0, 9999), rows=st.integers(5, 12))
 def test_output_depends_on_nothing_but_the_sentence(forms, seed, rows):
@@ -253,7 +253,7 @@ def test_output_depends_on_nothing_but_the_sentence(forms, seed, rows):
                 assert_same(event, expected, tolerance)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 9999))
 def test_scores_and_alignments_are_those_of_the_model_reading_the_answer(forms, seed):
     """The answer is fed to the model step by step, without any search."""
@@ -280,7 +280,7 @@ def test_scores_and_alignments_are_those_of_the_model_reading_the_answer(forms, 
             torch.testing.assert_close(aligned, expected, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 9999), cut=st.integers(0, 9), scores=st.booleans())
 def test_a_prefix_that_search_would_have_taken_changes_nothing(forms, seed, cut, scores):
     model = forms[0].models[0]
@@ -292,7 +292,7 @@ def test_a_prefix_that_search_would_have_taken_changes_nothing(forms, seed, cut,
     assert_same(alone(model, free._replace(prefix=begun), None), expected, forms[0].tolerance)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 9999), rows=st.integers(5, 9))
 def test_no_row_is_computed_for_who_has_left(seed, rows):
     """Cancelled, expired or ended; and a sentence of one hypothesis has a row for each token."""
@@ -354,7 +354,7 @@ def every_sequence(model, longest, options, prefix):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 9999), power=st.sampled_from([0.0, 0.6, 1.0, 2.0]),
        form=st.sampled_from(["power", "gnmt"]), n_best=st.integers(1, 6),
        coverage=st.sampled_from([0.0, 0.2, 1.0, 5.0]), shortest=st.integers(0, 3),
@@ -444,7 +444,7 @@ def test_the_largest_memory_is_not_exceeded_by_beams_of_many_widths():
     assert most <= limit
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), max_size=6), st.randoms())
 def test_rows_behave_like_a_list(appends, draw):
     """The table against a plain list in which the last item moves into a hole."""

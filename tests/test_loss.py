@@ -84,7 +84,7 @@ def test_more_rows_than_a_block(monkeypatch: pytest.MonkeyPatch, rows: int, pair
     compare(*drawn(618, 7), (0.1, 1.0 if pairs else 0.0, pairs))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(tokens=st.integers(0, 20), vocabulary=st.integers(2, 9), chunk=st.integers(1, 60),
        seed=st.integers(0, 99), mix=st.sampled_from(MIXES))
 def test_of_any_size(

@@ -110,7 +110,7 @@ def paid(model, source, lengths, choices):
     return read(model, source, lengths, choices)[1]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 999), n=st.integers(1, 5), longest=st.integers(1, 9),
        k=st.integers(1, 3), t=st.integers(1, 4))
 def test_eager_equals_scripted(both_forms, seed, n, longest, k, t):
@@ -122,7 +122,7 @@ def test_eager_equals_scripted(both_forms, seed, n, longest, k, t):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 999), n=st.integers(1, 5), longest=st.integers(1, 9))
 def test_steps_equal_teacher_forcing(name, seed, n, longest):
     network, model = serving(name)
@@ -301,7 +301,7 @@ def test_packed_weights_change_nothing_and_may_be_packed_twice(name, tmp_path):
 
 @needs_onednn
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 999), rows=st.integers(1, 150), width=st.integers(1, 4))
 def test_a_packed_row_is_the_same_to_the_last_bit_whatever_is_beside_it(name, seed, rows, width):
     model = packed(build(name).float(), torch.device("cpu"))
@@ -321,7 +321,7 @@ def test_a_packed_row_is_the_same_to_the_last_bit_whatever_is_beside_it(name, se
 
 
 @needs_onednn
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 999), rows=st.integers(2, 300), wide=st.sampled_from([7, 64, 257, 512]),
        out=st.sampled_from([3, 96, 1000]))
 def test_a_packed_product_is_row_by_row(seed, rows, wide, out):

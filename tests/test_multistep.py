@@ -85,7 +85,7 @@ def hurried(engine, seed):
     return ended
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(given=tasks(), seed=st.integers(0, 999))
 def test_many_steps_in_a_call_are_those_one_by_one(model, given, seed):
     """And no row is computed behind the end of a sentence."""
@@ -95,7 +95,7 @@ def test_many_steps_in_a_call_are_those_one_by_one(model, given, seed):
     assert many.rows == one.rows
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(given=tasks(), seed=st.integers(0, 999))
 def test_where_a_look_waits_for_the_device_a_few_steps_are_made_blindly(model, given, seed):
     expected = drained(engine_of(graphed(model), given))

@@ -20,7 +20,7 @@ import pytest
 import sacrebleu
 import torch
 from conftest import write_toy_text
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
@@ -184,7 +184,6 @@ def test_buckets_of_length(
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=80), st.integers(1, 9))
-@settings(deadline=None)
 def test_every_sentence_is_in_one_bucket_of_length(lengths: list[int], most: int) -> None:
     bounds = length_bounds(lengths, most)
     assert 1 <= len(bounds) <= most

@@ -275,13 +275,13 @@ def parses_or_refuses(content_type, body):
     json.dumps(refused.told()).encode()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(content_types, st.binary() | values.map(lambda v: json.dumps(v).encode()))
 def test_any_bytes_parse_or_are_refused(content_type, body):
     parses_or_refuses(content_type, body)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(content_types, values | st.fixed_dictionaries({"text": values, "max_length": values}))
 def test_any_value_parses_or_is_refused(content_type, value):
     parses_or_refuses(content_type, value)

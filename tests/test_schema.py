@@ -211,7 +211,7 @@ def served() -> Service:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(requests)
 def test_what_the_schema_allows_is_answered_or_refused(document):
     VALID.validate(document)
@@ -220,7 +220,7 @@ def test_what_the_schema_allows_is_answered_or_refused(document):
     assert left_nothing(one)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(mutated())
 def test_what_is_near_the_schema_is_answered_or_refused(document):
     one = served()
@@ -234,7 +234,7 @@ def test_most_of_what_is_drawn_is_answered():
     """Or the two tests above would only see refusals."""
     statuses = []
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=60, database=None, derandomize=True)
     @given(requests)
     def see(document):
         one = served()
@@ -258,7 +258,7 @@ def sent(server, document: object) -> Reply:
 def test_a_server_answers_or_refuses_whatever_is_drawn(server, kind):
     """Six at a time; the fixture sees that its worker is the same process in the end."""
 
-    @settings(max_examples=10, deadline=None, database=None, phases=[Phase.generate])
+    @settings(max_examples=10, database=None, phases=[Phase.generate])
     @given(st.lists(requests if kind == "allowed" else mutated(), min_size=6, max_size=6))
     def send(documents):
         with ThreadPoolExecutor(6) as pool:

@@ -250,7 +250,7 @@ def test_a_score_is_the_sum_of_log_probabilities_where_it_is_asked_for():
 VOCABULARIES = [1, 5, 63, 2047, 2048, 2049, 2111, 2112, 4160, 5003, 128 * 64]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 3), k=st.integers(1, 3), vocabulary=st.sampled_from(VOCABULARIES),
        count=st.integers(1, 128), seed=st.integers(0, 9999),
        levels=st.sampled_from([3, 40, 10**6]), nan=st.booleans(),
@@ -301,7 +301,7 @@ def nucleus(logits, top_k=0, top_p=1.0):
     return shares
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 9999), vocabulary=st.integers(1, 40),
        top_k=st.sampled_from([0, 1, 3, 50]), top_p=st.sampled_from([1.0, 0.9, 0.5, 0.01]),
        never=st.sampled_from([0.0, 0.5]))
@@ -370,7 +370,7 @@ KINDS_OF_SEARCH = [
 ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 9999), vocabulary=st.sampled_from([12, 600, BLOCKED_FROM + 100]),
        chosen=st.lists(st.sampled_from(KINDS_OF_SEARCH), min_size=1, max_size=5),
        prefixed=st.integers(0, 5), poisoned=st.integers(0, 5))

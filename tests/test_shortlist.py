@@ -79,14 +79,14 @@ def test_the_words_find_each_other() -> None:
 IDS = st.lists(st.integers(4, 9), max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=9), st.integers(1, 4))
 def test_the_lexicon_is_that_of_model_1(pairs, iterations) -> None:
     tokens = TokenPairs.of(pairs, SPECIAL)
     assert learnt(tokens, iterations) == pytest.approx(model_1(tokens, iterations))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=20), st.integers(1, 60))
 def test_a_sample_stays_within_its_bound(pairs, most) -> None:
     tokens = TokenPairs.of(pairs, SPECIAL)
@@ -120,7 +120,7 @@ def test_candidates_by_hand() -> None:
     assert [row.nonzero().flatten().tolist() for row in allowed] == [[3, 4, 5, 7], [3, 4, 9]]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(3, 7), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_candidates_depend_on_the_sentence_alone_and_lie_in_its_rows(sources) -> None:
     """Attended memory is cut to the longest sentence that is left, and filled with zeros."""
@@ -158,7 +158,7 @@ def projected(inputs: int, outputs: int) -> tuple[Int8Projection, torch.Tensor]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 999), n=st.integers(1, 6), k=st.integers(1, 7),
        inputs=st.integers(1, 150), outputs=st.integers(12, 300), count=st.integers(1, 3))
 def test_listed_logits_are_those_of_all_logits(
@@ -237,7 +237,7 @@ def listing(tmp_path_factory, native_library):
     return [made, load(str(path), CPU)]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 999), options=st.sampled_from(MIXED))
 def test_translations_are_made_of_candidates_but_for_what_a_prefix_says(
     listing, seed, options

@@ -151,7 +151,7 @@ decoding = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.lists(paragraphs, min_size=1, max_size=3), decoding, st.integers(0, 5), st.integers(4, 9),
     st.integers(0, 30), st.booleans(),
@@ -469,7 +469,7 @@ def clients(draw) -> list[Client]:
     return [draw(client(i)) for i in range(draw(st.integers(0, 10)))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(clients(), st.integers(6, 9), st.integers(1, 40))
 def test_nothing_is_left_whoever_comes_and_goes(everybody, rows, round_ms):
     model = Echo()

@@ -85,14 +85,12 @@ def test_lone_surrogates_are_refused_with_their_place(text: str, place: int) -> 
         USUAL.encode(text)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_byte_fallback_keeps_every_character(text: str) -> None:
     tokenizer = TOKENIZERS["identity"]
     assert tokenizer.decode(tokenizer.encode(text)) == folded(text)
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_normalised_text_comes_back(text: str) -> None:
     # Characters that this Python does not know, it cannot normalise.
@@ -102,7 +100,6 @@ def test_normalised_text_comes_back(text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == folded(text)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, SIZE - 1)))
 def test_any_ids_decode_to_unicode(ids: list[int]) -> None:
     USUAL.decode(ids).encode()
@@ -131,7 +128,7 @@ def test_every_byte_has_a_piece() -> None:
     assert sorted(BYTE_IDS) == list(range(256))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(some_ids, max_size=6).map(lambda parts: [i for part in parts for i in part]))
 def test_settled_ids_have_a_text_that_no_further_id_changes(ids: list[int]) -> None:
     text, before = USUAL.decode(ids), 0
@@ -168,7 +165,6 @@ def test_models_that_are_none_are_refused(tmp_path: Path) -> None:
         Tokenizer(MODELS["nfkc"][:1000])
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=50))
 def test_any_bytes_are_a_model_or_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="the tokenizer: "):

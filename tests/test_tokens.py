@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import training.tokens
@@ -39,7 +39,6 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("scratch")
 
 
-@settings(deadline=None)
 @given(pair_lists, st.integers(1, 7))
 def test_what_is_written_is_loaded(
     scratch: Path, content: list[tuple[list[int], list[int]]], chunk: int
@@ -130,7 +129,6 @@ def test_offsets_that_do_not_fit_are_named(
         TokenPairs.load(path)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 9), max_size=12))
 def test_any_numbers_are_pairs_or_refused(scratch: Path, numbers: list[int]) -> None:
     path = scratch / "any.tokens"
