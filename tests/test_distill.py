@@ -236,7 +236,7 @@ def test_other_weights_or_options_do_not_go_on(teacher: Path, tmp_path: Path) ->
         distill(recipe, other, out, DistillOptions(beam_size=2))
     assert files(out) == former
     (out / "distilled.json").write_text("{")
-    with pytest.raises(RunError, match=r"out/distilled\.json: not whole \(.*\); delete .*/out, or"):
+    with pytest.raises(RunError, match=r"out/distilled\.json: not whole \(.*\); restore it"):
         made(teacher, out, beam_size=2)
 
 

@@ -158,7 +158,7 @@ def claim(former: Path, made: dict[str, Any]) -> None:
             begun = json.loads(former.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(
-                f"{former}: not whole ({error}); delete {folder}, or take another folder with --out"
+                f"{former}: not whole ({error}); restore it from a copy, or take another folder"
             ) from None
         changed = [
             f"{key}: begun with {begun.get(key)!r}, got {made.get(key)!r}"

@@ -37,7 +37,7 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
         advice: which setting to lower.
 
     Raises:
-        TooLittleMemory: there was.
+        TooLittleMemory: it needs more than there is.
     """
     try:
         yield
