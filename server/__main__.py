@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, MODEL, translate
+from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, MODEL, curl, translate
 from server.errors import ServerError
 from server.supervisor import add_flags, add_verbose, options_of, supervise
 from server.torchserve import ServerOptions, TorchServe
@@ -132,11 +131,9 @@ def _run(server: TorchServe) -> NoReturn:
     server.start()
     _say("loading the model")
     server.wait_ready()
-    address = f"{server.url}/predictions/{MODEL}"
-    body = json.dumps({"text": ["A sentence."]})
-    _say(f"ready: {address}")
+    _say(f"ready: {server.url}/predictions/{MODEL}")
     _say(f"metrics: {server.metrics_url}")
-    _say(f"try: curl {address} -H 'Content-Type: application/json' -d '{body}'")
+    _say(f"try: {curl(server.url, 'A sentence.')}")
     _say("stop with Ctrl-C")
     server.wait()
     raise server.failure()

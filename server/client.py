@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import json
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,12 @@ def translate(
             f"for {len(texts)} texts: is it this project's?"
         )
     return answer
+
+
+def curl(url: str, text: str) -> str:
+    """The command of a shell that asks the server at `url` to translate `text`."""
+    body = shlex.quote(json.dumps({"text": [text]}, ensure_ascii=False))
+    return f"curl {url}/predictions/{MODEL} -H 'Content-Type: application/json' -d {body}"
 
 
 def _post(url: str, body: bytes, timeout: float, token: str) -> Any:

@@ -9,7 +9,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from server.client import MODEL, translate
+from server.client import curl, translate
 from server.errors import ServerError
 from server.torchserve import ServerOptions, TorchServe
 
@@ -30,13 +30,13 @@ def main() -> int:
 
 
 def demonstrate(store: Path, source: Path, target: Path, count: int) -> None:
-    """Raises ServerError where the server does not start or does not answer."""
+    """Raises ServerError where the server does not start or answer, or there is no text."""
     texts, expected = (first_lines(path, count) for path in (source, target))
+    if not texts:
+        raise ServerError(f"{source}: nothing to translate in its first {count} lines")
     print(f"starting TorchServe with {store} ...", flush=True)
     with TorchServe(ServerOptions.on_free_ports(store)) as server:
-        body = json.dumps({"text": texts[:1]}, ensure_ascii=False)
-        url = f"{server.url}/predictions/{MODEL}"
-        print(f"curl {url} -H 'Content-Type: application/json' -d '{body}'")
+        print(curl(server.url, texts[0]))
         print(json.dumps(translate(server.url, texts[:1]), ensure_ascii=False))
         print(f"and {len(texts)} texts of the test set in one request:")
         answer = translate(server.url, texts)

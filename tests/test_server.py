@@ -24,8 +24,9 @@ import pytest
 
 from server.__main__ import main
 from server.archive import check_archive
-from server.client import translate
+from server.client import curl, translate
 from server.config import check_config
+from server.demo import demonstrate
 from server.errors import ReplyError, ServerError
 from server.java import find_java, parse_java_version
 from server.log import exit_reason, load_failure
@@ -326,6 +327,27 @@ def test_reason_of_an_exit_is_no_exception_of_a_worker() -> None:
 
 
 # The client
+
+
+@pytest.mark.parametrize("text", ["12", "'81 \"$HOME\" `id` \\ é"])
+def test_the_printed_command_asks_for_the_text_as_it_is(text):
+    function = "curl() { printf '%s\\n' \"$@\"; }"
+    done = subprocess.run(
+        ["sh", "-c", f"{function}; {curl('http://host:1', text)}"],
+        capture_output=True, text=True, check=True, timeout=GUARD_SECONDS,
+    )  # fmt: skip
+    *what, body = done.stdout.splitlines()
+    header = "Content-Type: application/json"
+    assert what == ["http://host:1/predictions/seq2seq", "-H", header, "-d"]
+    assert json.loads(body) == {"text": [text]}
+
+
+def test_a_demo_of_no_text_is_refused(tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.touch()
+    with pytest.raises(ServerError, match=r"empty: nothing to translate in its first 8 lines"):
+        demonstrate(tmp_path, empty, empty, 8)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.fixture
