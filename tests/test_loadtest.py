@@ -161,7 +161,7 @@ def test_a_real_server_answers_plain_requests_and_streams(server: Any, tmp_path:
     assert min(plain.num_requests, stream.num_requests) > 3
     assert 0 <= first.num_requests - stream.num_requests <= 4  # cut off at the end
     assert plain.num_failures == stream.num_failures == 0
-    assert first.seconds > 0
+    assert 0 < first.seconds <= stream.seconds
 
 
 def test_a_real_server_that_refuses_the_request_is_told(server: Any, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_first_token_is_told_apart_from_the_whole(fake: Fake, tmp_path: Path
     done, rows = locust(fake.url, tmp_path, "--streams", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     first, whole = (rows[name].seconds for name in ("time to first token", "stream"))
-    assert first >= FIRST
+    assert FIRST <= first < FIRST + REST
     assert whole - first >= 0.9 * REST
     assert "translate" not in rows
     assert all(body["stream"] for body in fake.bodies)
