@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, MODEL, curl, translate
+from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, address, curl, translate
 from server.errors import ServerError
 from server.supervisor import add_flags, add_verbose, options_of, supervise
 from server.torchserve import ServerOptions, TorchServe
@@ -131,7 +131,7 @@ def _run(server: TorchServe) -> NoReturn:
     server.start()
     _say("loading the model")
     server.wait_ready()
-    _say(f"ready: {server.url}/predictions/{MODEL}")
+    _say(f"ready: {address(server.url)}")
     _say(f"metrics: {server.metrics_url}")
     _say(f"try: {curl(server.url, 'A sentence.')}")
     _say("stop with Ctrl-C")

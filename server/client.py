@@ -19,6 +19,11 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 DEFAULT_TIMEOUT = 60.0
 
 
+def address(url: str) -> str:
+    """Where the server at `url` translates."""
+    return f"{url.rstrip('/')}/predictions/{MODEL}"
+
+
 def translate(
     url: str,
     texts: Sequence[str],
@@ -33,7 +38,7 @@ def translate(
     the bearer token of a server that wants one.
     """
     body = json.dumps({**(options or {}), "text": list(texts)}).encode("utf-8")
-    answer = _post(f"{url.rstrip('/')}/predictions/{MODEL}", body, timeout, token)
+    answer = _post(address(url), body, timeout, token)
     if not isinstance(answer, dict) or not isinstance(answer.get("translations"), list):
         raise ServerError(f"server {url} answered without translations: is it this project's?")
     if len(answer["translations"]) != len(texts):
@@ -47,7 +52,7 @@ def translate(
 def curl(url: str, text: str) -> str:
     """The command of a shell that asks the server at `url` to translate `text`."""
     body = shlex.quote(json.dumps({"text": [text]}, ensure_ascii=False))
-    return f"curl {url}/predictions/{MODEL} -H 'Content-Type: application/json' -d {body}"
+    return f"curl {address(url)} -H 'Content-Type: application/json' -d {body}"
 
 
 def _post(url: str, body: bytes, timeout: float, token: str) -> Any:

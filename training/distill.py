@@ -14,7 +14,6 @@ While it works, .train.target.partial has the windows that are done, whole ones 
 
 import dataclasses
 import itertools
-import json
 import os
 import statistics
 import time
@@ -36,7 +35,15 @@ from training.corpus import Pair, lines
 from training.evaluate import Origin, best_model
 from training.prepare import GIVEN
 from training.recipe import Recipe, ScoringOptions
-from training.run import Run, RunError, write_atomically, write_bytes, write_json, write_text
+from training.run import (
+    Run,
+    RunError,
+    whole_json,
+    write_atomically,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from training.tokens import TokenPairs
 from training.train import choose_device, tokenizers
 
@@ -154,12 +161,7 @@ def claim(former: Path, made: dict[str, Any]) -> None:
     """
     folder = former.parent
     if former.exists():
-        try:
-            begun = json.loads(former.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(
-                f"{former}: not whole ({error}); restore it from a copy, or take another folder"
-            ) from None
+        begun = whole_json(former, "restore it from a copy, or take another folder")
         changed = [
             f"{key}: begun with {begun.get(key)!r}, got {made.get(key)!r}"
             for key in begun.keys() | made.keys()

@@ -85,12 +85,7 @@ class Run:
             RunError: nothing there yet, or no JSON, as where it was cut off.
         """
         self.demand(path, verb)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(
-                f"{path}: not whole ({error}); run 'python -m training {verb}' again"
-            ) from None
+        return whole_json(path, f"run 'python -m training {verb}' again")
 
     def demand(self, path: Path, verb: str) -> None:
         if not path.exists():
@@ -138,6 +133,18 @@ def claimed(path: Path) -> IO[str] | None:
         return file
     file.close()
     return None
+
+
+def whole_json(path: Path, advice: str) -> Any:
+    """What is in `path`.
+
+    Raises:
+        RunError: no JSON, as where it was cut off; ends with `advice`.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: not whole ({error}); {advice}") from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

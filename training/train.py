@@ -109,7 +109,7 @@ def train(
         except Interrupted:
             if all_processes.first:
                 raise
-            code = STOPPED
+            code = STOPPED  # used after this clause: its exception holds what holds the group
     if not all_processes.first:
         sys.exit(code)
     return progress
