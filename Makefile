@@ -27,7 +27,7 @@ STORE := model-store
 TRAINING = $(BIN)/python -m training
 OPTIONS = $(RECIPE) --run $(RUN) $(if $(DATA),--data $(DATA)) $(foreach change,$(SET),--set $(change))
 TORCH_VERSION := $(shell sed -n 's/^ *"torch==\([^"]*\)".*/\1/p' pyproject.toml)
-HANDLER := $(shell find handler -name '*.py' -o -name 'model-config.yaml')
+HANDLER := $(shell find handler -name '*.py' -o -name '*.cu' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -211,7 +211,9 @@ class Projection(nn.Module):
 class Cell(nn.Module):
     """One LSTM layer for one step, as one matrix product over input and state together.
 
-    `nn.LSTM` called for a single step costs two to five times as much on a CPU.
+    `nn.LSTM` called for a single step costs two to five times as much on a CPU. On a GPU a kernel
+    costs more than a product of few rows, so there are two products, without a copy of input and
+    state side by side, and one kernel for all the rest (handler/decoding/kernels.py).
     """
 
     SOURCES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -227,6 +229,11 @@ class Cell(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """x [R, input], h and c [R, H] -> the next h and c [R, H]."""
+        if x.is_cuda:
+            of_input, of_state = self.gates.weight.split([x.size(1), h.size(1)], 1)
+            return torch.ops.seq2serve.lstm_pointwise(
+                functional.linear(x, of_input), functional.linear(h, of_state), self.gates.bias, c
+            )
         gates = self.gates(torch.cat([x, h], 1))  # [R, 4H]
         size = h.size(1)
         i, f, o = torch.sigmoid(gates[:, : 3 * size]).chunk(3, 1)

@@ -7,9 +7,9 @@ import pytest
 from table_model import EOS, A, B, C, D, TableModel, decode, drained
 
 from handler.decoding import DecodingOptions, Engine, SourceLengthError, decode_in_order
-from handler.decoding.engine import ENCODED_AHEAD
 from handler.decoding.lane import Lane
 from handler.decoding.offline import in_order
+from handler.decoding.scheduler import ENCODED_AHEAD
 
 PLAIN = DecodingOptions()
 ENDLESS = {2: {A: 1.0}, A: {A: 1.0}}
@@ -90,13 +90,12 @@ def test_a_failing_model_ends_its_sentences_and_leaves_the_engine_usable(monkeyp
 
 
 def test_a_beam_that_finds_no_room_loses_nobody_elses_answer(monkeypatch):
-    """The last sentence ends in the very step in which the first one cannot be widened."""
     model = TableModel({2: {A: 0.6, B: 0.4}, A: {A: 1.0}, B: {A: 1.0}})
     engine = Engine(model, rows=4)
     add = Lane.add
 
     def full(lane, *arguments):
-        if lane.width == 3:
+        if lane.kind.width == 3:
             raise RuntimeError("out of memory")
         add(lane, *arguments)
 
@@ -171,9 +170,15 @@ def test_items_of_several_sentences_come_with_all_their_events_in_order():
     ] == items
 
 
+def made(engine, sentence):
+    """Tokens that a live sentence has."""
+    lane = engine.runner.lane_of[sentence]
+    return lane.clock - lane.began[sentence]
+
+
 def test_a_beam_that_narrows_goes_one_token_a_step():
-    """After C ends and A and B have one continuation each, two of three hypotheses are left; they
-    move to the lane of another beam, which has a step of its own to come."""
+    """After C ends and A and B have one continuation each, two of three hypotheses are left,
+    beside another beam."""
     model = TableModel({})
     model.logits[:] = float("-inf")
     for last, token in ((2, A), (2, B), (2, C), (A, D), (B, D), (C, EOS), (D, D)):
@@ -184,7 +189,7 @@ def test_a_beam_that_narrows_goes_one_token_a_step():
     watched = engine.admit([9], narrowing)
     for steps in range(1, 5):
         engine.advance()
-        assert {len(one.tokens) for one in engine.sentences[watched].live} == {steps}
+        assert made(engine, watched) == steps
 
 
 def test_what_all_hypotheses_share_is_committed():
@@ -327,7 +332,7 @@ def order_of_beginning(engine):
     seen = []
     while not engine.idle:
         engine.advance()
-        begun = [i for i in engine.sentences if engine.begun(i) and i not in seen]
+        begun = [i for i in engine.scheduler.tickets if engine.begun(i) and i not in seen]
         seen += begun
     return seen
 

@@ -183,7 +183,7 @@ def test_the_model_of_an_ensemble_follows_the_contract(runs: Path) -> None:
     both, recipe = Run(runs / "both"), recipe_of(runs)
     scripted = load_model(str(both.model), CPU)
     eager, _ = best_model(recipe, both)
-    assert (scripted.format_version, scripted.has_attention) == (3, True)
+    assert (scripted.format_version, scripted.has_attention) == (4, True)
     assert (scripted.max_source_length, scripted.max_target_length) == (32, 24)
     assert (scripted.pad_id, scripted.unk_id, scripted.bos_id, scripted.eos_id) == (0, 1, 2, 3)
     pairs = TokenPairs.load(both.data / "train.tokens")

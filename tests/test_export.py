@@ -62,7 +62,7 @@ def test_the_model_is_torchscript_with_what_a_server_needs(toy: Toy) -> None:
     source, target = (Tokenizer(toy.run.tokenizer / f"{s}.model") for s in ("source", "target"))
     assert isinstance(model, torch.jit.ScriptModule)
     assert not model.training
-    assert (model.format_version, model.has_attention) == (3, True)
+    assert (model.format_version, model.has_attention) == (4, True)
     assert (model.pad_id, model.unk_id, model.bos_id, model.eos_id) == (0, 1, 2, 3)
     assert (model.source_vocabulary, model.target_vocabulary) == (source.size, target.size)
     limits = toy.recipe.export

@@ -17,7 +17,8 @@ from test_model import KINDS, VOCABULARY, build, read
 
 from handler.decoding import DecodingOptions, Engine
 from handler.decoding.model import load, packed
-from handler.decoding.rows import Rows
+from handler.decoding.rows import Moves, Reserve, padded
+from handler.decoding.scheduler import Status
 from model.quantized import quantized
 from model.serving import ServingModel, scripted
 from model.shortlist import Shortlist
@@ -133,8 +134,22 @@ class Watched(Engine):
 
     def __init__(self, model, rows):
         super().__init__(model, rows, clock=self.tick)
-        self.within = None  # steps of a call under way, between which the clock is read once
+        self.within = None  # steps of a call under way, after each of which the clock is read
         self.began = {}
+        run, apply = self.runner.run, self.runner.apply
+
+        def counted(*arguments):
+            self.within = 0
+            try:
+                return run(*arguments)
+            finally:
+                self.within = None
+
+        def noted(plan):
+            self.began |= dict.fromkeys(plan.enter, self.steps + 1)
+            return apply(plan)
+
+        self.runner.run, self.runner.apply = counted, noted
 
     def tick(self):
         if self.within is None:
@@ -142,21 +157,9 @@ class Watched(Engine):
         self.within += 1
         return self.steps + 1 + self.within
 
-    def step(self, *arguments):
-        self.within = 0
-        try:
-            return super().step(*arguments)
-        finally:
-            self.within = None
-
-    def fill(self):
-        events = super().fill()
-        for one in self.live():
-            self.began.setdefault(one.id, self.steps + 1)
-        return events
-
     def live(self):
-        return [one for lane in self.lanes.values() for one in lane.sentences]
+        tickets = self.scheduler.tickets.values()
+        return [one.sentence for one in tickets if one.status is Status.RUNNING]
 
     def enter(self, task, deadline):
         return self.admit(task.source, task.options, task.prefix, deadline, task.behind)
@@ -192,6 +195,16 @@ def assert_rows_add_up(engine):
     assert engine.live_count == len(engine.live())
 
 
+def assert_nothing_is_held(engine):
+    assert engine.idle
+    assert (engine.rows_in_use, engine.live_count, engine.waiting_count) == (0, 0, 0)
+    assert sum(engine.scheduler.count[: Status.ENDED]) == 0
+    assert not engine.scheduler.waiting_of
+    assert not (engine.runner.lanes)
+    assert not (engine.runner.lane_of)
+    assert not (engine.runner.encoded)
+
+
 def run(engine, tasks, draw):
     """Let `tasks` come and go at random; what has been committed is never taken back.
 
@@ -218,13 +231,13 @@ def run(engine, tasks, draw):
             events[numbers[event.sentence]] = event
             before = committed.get(event.sentence, [])
             assert event.results[0].tokens[: len(before)] == before
-        for one in engine.sentences:
+        for one in engine.scheduler.tickets:
             before, committed[one] = committed.get(one, []), engine.committed(one)
             assert committed[one][: len(before)] == before
             assert not committed[one] or engine.begun(one)
         assert_rows_add_up(engine)
     assert not engine.live()
-    assert all(lane.state.count == lane.attended.count == 0 for lane in engine.lanes.values())
+    assert_nothing_is_held(engine)
     assert set(events) == set(range(len(tasks))) - {numbers[one] for one in cancelled}
     had = {
         numbers[one]: None if due is None else max(0, due - engine.began.get(one, due))
@@ -304,8 +317,8 @@ def test_no_row_is_computed_for_who_has_left(seed, rows):
             task = Task([sources.pop(), 9, EOS], draw.choice(MIXED), [], draw.randint(0, 3), None)
             deadline = draw.choice([None, engine.steps + draw.randint(1, 9)])
             ids[engine.enter(task, deadline)] = task
-        if engine.sentences and draw.random() < 0.2:
-            victim = draw.choice(sorted(engine.sentences))
+        if not engine.idle and draw.random() < 0.2:
+            victim = draw.choice(sorted(engine.scheduler.tickets))
             engine.cancel(victim)
             left[victim] = model.rows_of[ids[victim].source[0]]
         for event in engine.advance(draw.randint(1, 3)):
@@ -401,12 +414,20 @@ def test_a_beam_stops_as_soon_as_nothing_can_win():
     """After two steps B EOS has 0.4 and the live A ... at most 0.6 * 0.4: it stops there."""
     model = TableModel(GARDEN_PATH)
     decode(Engine(model, rows=2), [[9, EOS]], DecodingOptions(beam_size=2, max_length=20))
-    assert model.rows_computed == 1 + 2  # the first step once, not once a hypothesis
+    assert model.rows_computed == 2 + 2
 
 
 def bytes_held(engine):
-    tables = [table for lane in engine.lanes.values() for table in (lane.state, lane.attended)]
-    return sum(t.nbytes for table in tables for t in table.tensors)
+    def tables(held):
+        if isinstance(held, torch.Tensor):
+            return [held]
+        held = vars(held).values() if dataclasses.is_dataclass(held) else held or []
+        return [table for each in held for table in tables(each)]
+
+    lanes = engine.runner.lanes.values()
+    held = [[lane.state, lane.attended.tables, lane.columns] for lane in lanes]
+    held += [[batch.state, batch.attended] for batch, _ in engine.runner.encoded.values()]
+    return sum(t.untyped_storage().nbytes() for t in {id(t): t for t in tables(held)}.values())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -446,23 +467,31 @@ def test_the_largest_memory_is_not_exceeded_by_beams_of_many_widths():
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), max_size=6), st.randoms())
-def test_rows_behave_like_a_list(appends, draw):
-    """The table against a plain list in which the last item moves into a hole."""
-    table, plain, number = Rows(padded=True), [], 0
+def test_a_reserve_behaves_like_a_list(appends, draw):
+    """The table against a plain list, in whose holes newcomers go first, then the last items."""
+    reserve, plain, number = Reserve.like([torch.zeros(0, 0)]), [], 0
     for count, length in appends:
-        new = torch.zeros(count, length)
-        for i in range(count):
-            number += 1
-            new[i] = number
-            plain.append([float(number)] * length)
-        table.append(count, [new])
-        while plain and draw.random() < 0.4:
-            row = draw.randrange(len(plain))
-            last = plain.pop()
-            if row < len(plain):
-                plain[row] = last
-            table.remove(row)
-        assert table.count == len(plain)
-        for row, values in enumerate(plain):
-            stored = table.live()[0][row].tolist()
-            assert stored == values + [0.0] * (len(stored) - len(values))
+        holes = sorted(draw.sample(range(len(plain)), draw.randint(0, len(plain))))
+        taken, behind = holes[:count], range(len(plain), len(plain) + count - len(holes))
+        new = torch.arange(number + 1.0, number + 1 + count).unsqueeze(1).expand(count, length)
+        number += count
+        before = [table.clone() for table in reserve.tables], reserve.count
+        reserve.put([*taken, *behind], [new])
+        reserve = reserve.put([*taken, *behind], [new])  # the one before is as good as it was
+        assert before[1] <= reserve.count
+        plain += [None] * len(behind)
+        for place, row in zip([*taken, *behind], new.tolist()):
+            plain[place] = row
+        moves = Moves.without(holes[count:], len(plain))
+        reserve = reserve.close(moves)
+        for origin, target in zip(moves.origin, moves.target):
+            plain[target] = plain[origin]
+        del plain[moves.kept :]
+        assert reserve.count == len(plain)
+        assert reserve.tables[0].size(0) <= max(4 * len(plain), 1)
+        for row, values in zip(reserve.live(6)[0].tolist(), plain):
+            assert row == values + [0.0] * (len(row) - len(values))
+
+
+def test_what_is_filled_up_is_zero():
+    assert padded(torch.ones(1, 2), [2, 3]).tolist() == [[1, 1, 0], [0, 0, 0]]

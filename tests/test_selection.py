@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from table_model import EOS, A, B, C, TableModel, decode, drained
 
 from handler.decoding import DecodingOptions, Engine
-from handler.decoding.selection import (
-    BLOCKED_FROM,
-    NUCLEUS,
-    candidates,
-    draw_from_all,
-    draw_from_likeliest,
-    top,
-)
+from handler.decoding.sampling import NUCLEUS, Draws, of_all, of_likeliest
+from handler.decoding.selection import BLOCKED_FROM, top, without
 from handler.decoding.sentence import Sentence
 
 PLAIN = DecodingOptions()
@@ -161,15 +155,13 @@ def test_a_prefix_longer_than_the_translation_may_be_is_refused_by_name(options)
     assert engine.idle
 
 
-def test_a_beam_computes_one_row_a_step_as_long_as_its_prefix_lasts():
-    """Three forced steps and the first free one: one row each; then three; the sixth ends it."""
-    model = TableModel(LETTERS)
-    engine = Engine(model, rows=3)
+def test_all_hypotheses_of_a_beam_begin_with_its_prefix():
+    engine = Engine(TableModel(LETTERS), rows=3)
     options = DecodingOptions(beam_size=3, max_length=6, n_best=3)
     sentence = engine.admit([9], options, [B, C, C])
     results = drained(engine)[sentence].results
-    assert model.rows_computed == 3 + 1 + 3 + 3
     assert {tuple(one.tokens[:3]) for one in results} == {(B, C, C)}
+    assert len({tuple(one.tokens) for one in results}) == 3
 
 
 @pytest.mark.parametrize(
@@ -285,8 +277,10 @@ def sampler(number=0, **options):
 def shares_drawn(draw, logits, count, **options):
     """How often each token is drawn over `count` numbers spread evenly over 0..1."""
     luck = (torch.arange(count, dtype=torch.double).unsqueeze(1) + 0.5) / count
-    tokens = draw(logits.expand(count, -1), luck, [sampler(**options)] * count)
-    return torch.tensor(tokens).bincount(minlength=logits.numel()) / count
+    asked = Draws.of([sampler(**options)] * count, torch.device("cpu"))
+    scaled = logits.expand(count, -1)
+    tokens = of_all(scaled, luck) if draw is of_all else of_likeliest(scaled, luck, asked)
+    return tokens.bincount(minlength=logits.numel()) / count
 
 
 def nucleus(logits, top_k=0, top_p=1.0):
@@ -310,9 +304,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(seed, vocabulary, top_k, t
     logits = 2 * torch.randn(vocabulary, dtype=torch.double)
     logits[1:][torch.rand(vocabulary - 1) < never] = NEVER
     options = {"top_k": top_k, "top_p": top_p}
-    drawn = shares_drawn(draw_from_likeliest, logits, 400, **options)
+    drawn = shares_drawn(of_likeliest, logits, 400, **options)
     torch.testing.assert_close(drawn.double(), nucleus(logits, **options), rtol=0, atol=2 / 400)
-    drawn = shares_drawn(draw_from_all, logits, 400)
+    drawn = shares_drawn(of_all, logits, 400)
     torch.testing.assert_close(drawn.double(), logits.softmax(0), rtol=0, atol=2 / 400)
 
 
@@ -320,7 +314,7 @@ def test_a_nucleus_may_need_more_tokens_than_are_looked_at_first():
     """All of 3 * NUCLEUS tokens are nearly equally likely: nine in ten of them reach 0.9."""
     logits = torch.linspace(0, 1e-3, 3 * NUCLEUS, dtype=torch.double)
     count = 12 * NUCLEUS
-    drawn = shares_drawn(draw_from_likeliest, logits, count, top_p=0.9).double()
+    drawn = shares_drawn(of_likeliest, logits, count, top_p=0.9).double()
     torch.testing.assert_close(drawn, nucleus(logits, top_p=0.9), rtol=0, atol=1.5 / count)
     assert int((drawn > 0).sum()) == pytest.approx(0.9 * 3 * NUCLEUS, abs=2)
 
@@ -330,9 +324,10 @@ def test_a_nucleus_may_need_more_tokens_than_are_looked_at_first():
 def test_no_luck_draws_what_is_forbidden(luck, options):
     logits = torch.full((1, 30), NEVER, dtype=torch.double)
     logits[0, [7, 11, 20]] = torch.tensor([0.3, -0.2, -40.0], dtype=torch.double)
-    for draw in (draw_from_all, draw_from_likeliest):
-        (token,) = draw(logits, torch.tensor([[luck]], dtype=torch.double), [sampler(**options)])
-        assert token in (7, 11, 20)
+    number = torch.tensor([[luck]], dtype=torch.double)
+    asked = Draws.of([sampler(**options)], torch.device("cpu"))
+    for token in (of_all(logits, number), of_likeliest(logits, number, asked)):
+        assert int(token) in (7, 11, 20)
 
 
 @pytest.mark.parametrize(
@@ -370,29 +365,53 @@ KINDS_OF_SEARCH = [
 ]
 
 
+class Given(TableModel):
+    """Logits [V] for each first token of a source, whatever was said."""
+
+    def __init__(self, logits):
+        super().__init__({})
+        self.logits, self.target_vocabulary = logits, logits.size(1)
+
+    def step(self, previous, state, memory):
+        logits = self.logits[state[0].long().view(previous.shape)]  # [N, K, V]
+        return logits, state, torch.ones(*previous.shape, memory.attended[0].size(1))
+
+
 @settings(max_examples=25)
 @given(seed=st.integers(0, 9999), vocabulary=st.sampled_from([12, 600, BLOCKED_FROM + 100]),
        chosen=st.lists(st.sampled_from(KINDS_OF_SEARCH), min_size=1, max_size=5),
        prefixed=st.integers(0, 5), poisoned=st.integers(0, 5))
 def test_what_one_is_offered_depends_on_nobody_beside(seed, vocabulary, chosen, prefixed, poisoned):
     generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(len(chosen), 1, vocabulary, generator=generator)
-    logits[:, :, :3] = NEVER
+    logits = 3 * torch.randn(len(chosen), vocabulary, generator=generator)
     if poisoned < len(chosen):
-        logits[poisoned, 0, 9] = float("nan")
+        logits[poisoned, 9] = float("nan")
 
-    def sentences():
-        for i, options in enumerate(chosen):
-            seeded = {"seed": seed + i} if "sampling" in options else {}
-            prefix = [7] if i == prefixed else []
-            yield Sentence(i, [9], DecodingOptions(**options, **seeded), 20, prefix)
+    def offered(engine, places):
+        ids = []
+        for i in places:
+            seeded = {"seed": seed + i} if "sampling" in chosen[i] else {}
+            options = DecodingOptions(**{"max_length": 3, **chosen[i], **seeded})
+            ids.append(engine.admit([i], options, [7] if i == prefixed else []))
+        events = drained(engine)
+        return [events[one] for one in ids]
 
-    together = candidates(logits.clone(), list(sentences()), EOS)
-    for i, one in enumerate(sentences()):
-        (alone,) = candidates(logits[i : i + 1].clone(), [one], EOS)
-        assert [c[1:] for c in together[i]] == [c[1:] for c in alone]
-        assert [c[0] for c in together[i]] == pytest.approx([c[0] for c in alone], nan_ok=True)
-        assert bool(alone) == (i != poisoned)
+    together = offered(Engine(Given(logits), 25), range(len(chosen)))
+    for i, mine in enumerate(together):
+        (alone,) = offered(Engine(Given(logits), 25), [i])
+        assert mine.error == alone.error
+        assert (mine.error is None) == (i != poisoned)
+        assert [r.tokens for r in mine.results] == [r.tokens for r in alone.results]
+        for one, other in zip(mine.results, alone.results, strict=True):
+            assert one.score == pytest.approx(other.score)
+
+
+def test_a_token_is_left_out_only_where_it_must_be():
+    values = torch.tensor([[[3.0, 2.0, 1.0]], [[3.0, 2.0, 1.0]], [[3.0, 2.0, 1.0]]])
+    tokens = torch.tensor([[[EOS, A, B]], [[EOS, A, B]], [[A, B, C]]])
+    left, named = without(EOS, torch.tensor([True, False, True]), values, tokens)
+    assert named.tolist() == [[[A, B]], [[EOS, A]], [[A, B]]]
+    assert left.tolist() == [[[2.0, 1.0]], [[3.0, 2.0]], [[3.0, 2.0]]]
 
 
 def test_the_same_seed_draws_the_same_in_any_company():

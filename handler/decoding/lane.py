@@ -1,32 +1,48 @@
-"""The live sentences that have equally many hypotheses, and their rows; and those on their way
-into a lane."""
+"""The live sentences that have equally many hypotheses and are searched alike: a lane.
 
-import functools
-import sys
-from collections.abc import Callable, Container
+One step of the model advances them all. Their rows are dense at every step; what is known of them
+is columns. What steps chose is written down when somebody asks: mostly when a sentence ends.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from handler.decoding.multistep import Search, multistep
-from handler.decoding.rows import Rows
-from handler.decoding.selection import (
-    Candidate,
-    any_short,
-    candidates,
-    likeliest,
-    listed,
-    needed,
-    normalisers,
-    restrict,
-    top,
-    without,
+from handler.decoding.columns import (
+    NEVER,
+    Columns,
+    Fact,
+    begin,
+    begun,
+    both,
+    closed,
+    fitted,
 )
-from handler.decoding.sentence import NEVER, Sentence
+from handler.decoding.constraints import CONSTRAINTS, PREFIX, Heard
+from handler.decoding.reading import answers, committed
+from handler.decoding.rows import Moves, Reserve
+from handler.decoding.sampling import draw
+from handler.decoding.search import (
+    Offer,
+    Said,
+    candidates,
+    finishing,
+    going_on,
+    of_parents,
+    paying,
+    single,
+    written,
+)
+from handler.decoding.selection import normalisers, top, without
+from handler.decoding.sentence import Event, Sentence
 
-Made = tuple[list[list[Candidate]], Tensor]  # candidates of each sentence; attention [N, K, S]
+PREFIX_PLACE = CONSTRAINTS.index(PREFIX)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +50,7 @@ class Vocabulary:
     """What every step asks of a model, which a scripted module would answer slowly.
 
     never: ids that no text has, on the model's device. shortlisted: whether the model has
-    `allowed`, which says what each sentence may become. unseen: steps that are made before what
-    they chose is read, where reading waits for a device; 0 where it costs nothing.
+    `allowed`, which says what each sentence may become. fused: whether it chooses tokens itself.
     """
 
     bos: int
@@ -43,228 +58,313 @@ class Vocabulary:
     size: int
     never: Tensor
     shortlisted: bool
-    unseen: int
+    fused: bool
 
     @classmethod
     def of(cls, model: Any, device: torch.device) -> "Vocabulary":
         never = torch.tensor([model.pad_id, model.unk_id, model.bos_id], device=device)
         shortlisted = bool(getattr(model, "shortlisted", False))
-        unseen = int(getattr(model, "unseen", 0))
-        return cls(model.bos_id, model.eos_id, model.target_vocabulary, never, shortlisted, unseen)
+        fused = bool(getattr(model, "fused", False))
+        return cls(model.bos_id, model.eos_id, model.target_vocabulary, never, shortlisted, fused)
 
 
-@dataclass
-class Encoded:
-    """Sentences that were encoded together and enter as rows become free."""
+class Kind(NamedTuple):
+    """What the sentences of a lane have in common.
 
-    sentences: list[Sentence]
-    state: list[Tensor]  # [N, 1, ...]
-    attended: list[Tensor]  # [N, S, ...]
-    entered: int = 0  # of `sentences`, or cancelled
+    width: K. samples: tokens are drawn. fused: the model chooses the best tokens of each row
+    itself (`FusedModel.best`), which constraints that need all logits rule out. attends: attention
+    is read.
+    """
 
-    @property
-    def done(self) -> bool:
-        return self.entered == len(self.sentences)
+    width: int
+    samples: bool
+    fused: bool
+    attends: bool
 
-    def next(self, alive: Container[int], free: int) -> list[int]:
-        """Places of the sentences that fit into `free` rows, which have then entered."""
-        places: list[int] = []
-        for one in self.sentences[self.entered :]:
-            if one.id in alive:
-                if one.options.beam_size > free:
-                    break
-                free -= one.options.beam_size
-                places.append(self.entered)
-            self.entered += 1
-        return places
-
-
-@dataclass(frozen=True)
-class Move:
-    """A sentence on its way to a lane of another width, with its rows."""
-
-    sentence: Sentence
-    state: list[Tensor]  # [1, K, ...]
-    attended: list[Tensor]  # [1, S, ...]
+    @classmethod
+    def of(cls, sentence: Sentence, vocabulary: Vocabulary) -> "Kind":
+        o = sentence.options
+        fused = vocabulary.fused and not o.sampling
+        if fused:
+            fused = all(way.chosen or not way.asked(sentence) for way in CONSTRAINTS)
+        return cls(o.beam_size, o.sampling, fused, o.reads_attention)
 
 
 class Lane:
-    """N sentences of K hypotheses each, kept dense; one step of the model advances them all.
-
-    State is kept as [N, K, ...], so that a sentence comes and goes with all its rows.
+    """N sentences of K hypotheses each.
 
     Args:
         model: a `SequenceModel`; a `FusedModel` where the lane is fused.
-        width: K.
-        fused: the model chooses the best tokens of each row itself (`best`), which only `plain`
-            sentences can do with.
+        empty: an empty memory of the model's own type.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, width: int, fused: bool) -> None:
+    columns: Columns
+    attended: Reserve
+    memory: Any
+
+    def __init__(self, model: Any, vocabulary: Vocabulary, kind: Kind, empty: Any) -> None:
         self.model = model
         self.vocabulary = vocabulary
-        self.width = width
-        self.fused = fused
-        self.sentences: list[Sentence] = []
-        self.state = Rows()
-        self.attended = Rows(padded=True)
+        self.kind = kind
+        self.empty = empty
+        self.clock = 0  # steps that were made
+        self.sentences: list[Sentence] = []  # by place
+        self.place: dict[int, int] = {}  # by id, who came first before
+        self.began: dict[int, int] = {}  # on the clock, by id
+        self.vacant: list[int] = []  # places whose sentence has left
+        self.due: dict[int, list[int]] = {}  # ids, by the clock at which they are long enough
+        self.sources: Counter[int] = Counter()  # sentences by the length of their source
+        self.asking = [0] * len(CONSTRAINTS)  # sentences that ask for each
+        self.scored = 0  # sentences of which log probabilities are needed
+        self.short_until = 0  # on the clock: nobody must not end from then on
+        self.full = True  # whether every sentence has all K hypotheses
+        self.limited = False  # whether a finished hypothesis may have made any hopeless
+        self.state: list[Tensor] = []  # [N*K, ...]
+        self.log: list[Said] = []  # of the last steps, not yet in `columns`
+        self.stale = True  # whether `memory` is not that of the sentences
 
-    def add(self, sentences: list[Sentence], state: list[Tensor], attended: list[Tensor]) -> None:
-        """Take in sentences: state [new, K, ...], attended memory [new, S, ...].
+    def add(
+        self, sentences: Sequence[Sentence], state: list[Tensor], attended: list[Tensor]
+    ) -> None:
+        """Take in sentences that begin: state [m, ...], attended memory [m, S, ...].
 
         On failure nothing is taken in.
         """
-        before = len(self.sentences)
-        try:
-            self.state.append(len(sentences), state)
-            self.attended.append(len(sentences), attended)
-        except RuntimeError:
-            self.state.cut(before)
-            self.attended.cut(before)
-            raise
-        self.sentences += sentences
-
-    def remove(self, i: int) -> None:
-        """Take one sentence out; the last one moves into its place."""
-        self.state.remove(i)
-        self.attended.remove(i)
-        last = self.sentences.pop()
-        if i < len(self.sentences):
-            self.sentences[i] = last
-
-    def step(
-        self, memory: Any, steps: int, in_time: Callable[[], bool]
-    ) -> tuple[list[list[int]], int]:
-        """One token for every row, or up to `steps` where no sentence ends before.
-
-        Args:
-            memory: an empty memory of the model's own type.
-            in_time: whether there is time for another step.
-
-        Returns:
-            For each sentence the parents of its new hypotheses, none where it ended; and how many
-            steps were made. The state is not yet in their order: see `reorder`.
-        """
-        longest = max(len(one.source) for one in self.sentences)
-        last = [
-            [h.tokens[-1] if h.tokens else self.vocabulary.bos for h in one.live]
-            for one in self.sentences
-        ]
-        previous = torch.tensor(last, device=self.vocabulary.never.device)  # [N, K]
-        memory = memory._replace(attended=self.attended.live(longest))
-        state = [t.flatten(0, 1) for t in self.state.live()]  # [N*K, ...]
-        steps = min(steps, self.steady())
-        if steps > 1:
-            made, state = self.several(previous, state, memory, steps, in_time)
+        width, count = self.kind.width, len(self.sentences)
+        reused = min(len(sentences), len(self.vacant))
+        behind = range(count, count + len(sentences) - reused)
+        places = [*self.vacant[:reused], *behind]
+        wide = [t.unsqueeze(1).expand(-1, width, *t.shape[1:]) for t in state]  # [m, K, ...]
+        if not count:
+            columns, reserve = self.new(sentences, state), Reserve.like(attended)
+            tables = [t.flatten(0, 1).contiguous() for t in wide]
         else:
-            made, state = self.single(previous, state, memory)
-        self.state.replace([t.view(*previous.shape, *t.shape[1:]) for t in state])
-        parents: list[list[int]] = [[] for _ in self.sentences]
-        for chosen, attention in made:
-            for i, one in enumerate(self.sentences):
-                if not one.ended:
-                    parents[i] = one.take(chosen[i], self.vocabulary.eos, attention[i])
-        return parents, len(made)
+            self.write()
+            columns, reserve, tables = self.columns, self.attended, self.state
+            if reused:
+                at: int | list[int] = places[0] if reused == 1 else places[:reused]
+                bos = self.vocabulary.bos
+                columns = begin(columns, places[:reused], sentences[:reused], self.clock, bos)
+                for table, new in zip(tables, wide):
+                    table.view(count, width, *table.shape[1:])[at] = new[:reused]
+            if behind:
+                columns = both(columns, self.new(sentences[reused:], state))
+                tables = [
+                    torch.cat([table, new[reused:].flatten(0, 1)])
+                    for table, new in zip(tables, wide)
+                ]
+        reserve = reserve.put(places, attended)
+        self.columns, self.attended, self.state, self.stale = columns, reserve, tables, True
+        self.full = width == 1
+        del self.vacant[:reused]
+        self.sentences += sentences[reused:]
+        for place, one in zip(places, sentences):
+            self.sentences[place] = one
+            self.place[one.id] = place
+            self.began[one.id] = self.clock
+            self.count(one, 1)
+            self.due.setdefault(self.clock + one.max_length, []).append(one.id)
+            self.short_until = max(self.short_until, self.clock + one.options.min_length)
 
-    def single(
-        self, previous: Tensor, state: list[Tensor], memory: Any
-    ) -> tuple[list[Made], list[Tensor]]:
-        """One step, whatever the sentences ask for."""
-        if self.fused:
-            count = min(needed(self.sentences), self.vocabulary.size)
-            scored = any(one.scored for one in self.sentences)
-            values, tokens, total, state, attention = self.model.best(
-                previous, state, memory, count, scored
-            )
-            chosen = likeliest(
-                values, tokens, total if scored else None, self.sentences, self.vocabulary.eos
-            )
-        else:
-            logits, state, attention = self.logits(previous, state, memory)
-            chosen = candidates(logits, self.sentences, self.vocabulary.eos)
-        return [(chosen, attention)], state
+    def new(self, sentences: Sequence[Sentence], state: list[Tensor]) -> Columns:
+        return begun(
+            sentences, self.clock, self.kind.width,
+            torch.double if state[0].dtype is torch.double else torch.float,
+            self.vocabulary.never.device,
+            bos=self.vocabulary.bos, attends=self.kind.attends, samples=self.kind.samples,
+        )  # fmt: skip
 
-    def logits(
-        self, previous: Tensor, state: list[Tensor], memory: Any
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """A step of the model, with what no sentence may become at -inf."""
-        logits, state, attention = self.model.step(previous, state, memory)
-        if self.vocabulary.shortlisted:
-            restrict(logits, self.model.allowed(memory), self.sentences)
-        logits.index_fill_(2, self.vocabulary.never, NEVER)
-        return logits, state, attention
+    def count(self, sentence: Sentence, one: int) -> None:
+        """Note what a sentence makes its lane do, or (-1) that it has left."""
+        self.sources[len(sentence.source)] += one
+        if not self.sources[len(sentence.source)]:
+            del self.sources[len(sentence.source)]
+        self.scored += one * sentence.scored
+        if not self.kind.fused:
+            for i, way in enumerate(CONSTRAINTS):
+                self.asking[i] += one * bool(way.asked(sentence))
 
-    def steady(self) -> int:
-        """For how many steps all sentences are `plain` and stay in this lane unless they end, and
-        none of them becomes one that may end; 1 where it is not so."""
-        fewest = sys.maxsize
-        for one in self.sentences:
-            if not one.plain or one.width != self.width:
-                return 1
-            made = len(one.live[0].tokens)
-            fewest = min(fewest, (one.options.min_length if one.short else one.max_length) - made)
-        return fewest
+    def remove(self, ids: Sequence[int]) -> None:
+        """Sentences leave; their places are vacant."""
+        for one in ids:
+            place = self.place.pop(one)
+            del self.began[one]
+            self.count(self.sentences[place], -1)
+            self.vacant.append(place)
+        self.stale = True
 
-    def several(
-        self,
-        previous: Tensor,
-        state: list[Tensor],
-        memory: Any,
-        steps: int,
-        in_time: Callable[[], bool],
-    ) -> tuple[list[Made], list[Tensor]]:
-        """Up to `steps` steps, for as many as the lane is `steady`."""
-        device, blind = previous.device, self.vocabulary.unseen > 0
-        search = Search.of(self.sentences, self.vocabulary.eos, blind, device)
-        best = functools.partial(self.best, memory, search, any_short(self.sentences, device))
-        if blind:
-            steps = min(steps, self.vocabulary.unseen)
-        made, state = multistep(best, previous, state, search, steps, in_time)
-        values, tokens = made.values.tolist(), made.tokens.tolist()
-        parents = [None] * len(values) if made.parents is None else made.parents.tolist()
-        attention = made.attention or [previous] * len(values)  # which nobody reads
-        chosen = [listed(self.sentences, *one) for one in zip(values, parents, tokens)]
-        return list(zip(chosen, attention)), state
-
-    def best(
-        self,
-        memory: Any,
-        search: Search,
-        short: Tensor | None,
-        previous: Tensor,
-        state: list[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor], Tensor]:
-        """See `multistep`; `short` sentences [N, 1, 1] must not end."""
-        eos, count, scored = self.vocabulary.eos, search.count, search.scores is not None
-        if self.fused:
-            more = count if short is None else count + 1
-            values, tokens, total, state, attention = self.model.best(
-                previous, state, memory, min(more, self.vocabulary.size), scored
-            )
-            if short is not None:
-                values, tokens = without(eos, short, values, tokens)
-                values, tokens = values[:, :, :count], tokens[:, :, :count]
-            return values, tokens, total if scored else None, state, attention
-        logits, state, attention = self.logits(previous, state, memory)
-        normaliser = normalisers(logits) if scored else None
-        if short is not None:
-            logits[:, :, eos].masked_fill_(short.squeeze(2), NEVER)
-        values, tokens = top(logits, count)
-        return values, tokens, normaliser, state, attention
-
-    def reorder(self, parents: list[list[int]]) -> None:
-        """Put each sentence's rows into the order of its hypotheses; rows that stay where they
-        are, are not touched."""
-        k = self.width
-        moved = [
-            (i * k + place, i * k + parent)
-            for i, one in enumerate(parents)
-            for place, parent in enumerate(one)
-            if place != parent
+    def close_up(self) -> None:
+        """Let the last sentences take the vacant places."""
+        self.write()
+        self.vacant.sort()
+        count, width = len(self.sentences), self.kind.width
+        moves = Moves.without(self.vacant, count)
+        columns = closed(self.columns, moves)
+        state = [
+            moves.close(t.view(count, width, *t.shape[1:])).flatten(0, 1) for t in self.state
         ]
-        if not moved:
+        attended = self.attended.close(moves)
+        self.columns, self.attended, self.state = columns, attended, state
+        for origin, target in zip(moves.origin, moves.target):
+            self.sentences[target] = self.sentences[origin]
+            self.place[self.sentences[target].id] = target
+        del self.sentences[moves.kept :]
+        self.vacant.clear()
+
+    def write(self) -> None:
+        """Put what the last steps chose into `columns`."""
+        if not self.log:
             return
-        to, origin = torch.tensor(moved, device=self.state.tensors[0].device).unbind(1)
-        for t in self.state.tensors:
-            flat = t.view(-1, *t.shape[2:])  # [N*K, ...]
-            flat.index_copy_(0, to, flat.index_select(0, origin))
+        before = self.clock - len(self.log)
+        oldest = next(iter(self.began.values()), before)
+        columns = fitted(self.columns, self.clock - oldest)
+        room = columns.tokens.size(2) - len(self.log)
+        made = (before - columns.fact(Fact.BEGAN)).long()
+        if self.vacant:
+            made = made.clamp(max=room)  # who has left may have been longer
+        self.columns = written(columns, self.log, made)
+        self.log = []
+
+    def step(self) -> list[int]:
+        """One token for every sentence; the ids of those that have ended."""
+        if self.vacant:
+            self.close_up()
+        if self.stale:
+            self.memory = self.empty._replace(attended=self.attended.live(max(self.sources)))
+            self.stale = False
+        state, width = self.state, self.kind.width
+        if width > 1:
+            parents = self.columns.parents
+            first = torch.arange(0, parents.numel(), width, device=parents.device)
+            rows = (parents + first.unsqueeze(1)).flatten()
+            state = [t.index_select(0, rows) for t in state]
+        offer, self.state = self.offer(state)
+        if self.columns.attention is not None:
+            made = self.made()
+            room = fitted(self.columns, self.clock - next(iter(self.began.values())) + 1)
+            attention = paying(room.attention, offer.paid, made)  # type: ignore[arg-type]
+            self.columns = dataclasses.replace(room, attention=attention)
+        ended = self.choose_one(offer) if width == 1 else self.choose_many(offer)
+        self.clock += 1
+        ids = [self.sentences[place].id for place in ended]
+        long = [one for one in self.due.pop(self.clock, ()) if one in self.place]
+        return list(dict.fromkeys([*ids, *long])) if long else ids
+
+    def choose_one(self, offer: Offer) -> list[int]:
+        """Go on with the tokens that are offered; the places of those that do not."""
+        scores, tokens = single(self.columns, offer)
+        self.log.append(Said(tokens, None))
+        self.columns = dataclasses.replace(self.columns, previous=tokens, scores=scores)
+        ends = tokens == self.vocabulary.eos
+        if math.isfinite(scores.masked_fill(ends, NEVER).sum().item()):
+            return []
+        return (ends | ~scores.isfinite()).squeeze(1).nonzero().squeeze(1).tolist()
+
+    def choose_many(self, offer: Offer) -> list[int]:
+        """Go on with the best of the continuations; the places of those where none can win."""
+        width, columns = self.kind.width, self.columns
+        found = candidates(columns, offer, self.vocabulary.eos, self.full)
+        scores, parents, tokens = (t[:, :width] for t in found[:3])
+        quiet = math.isfinite(scores.masked_fill(found.ends[:, :width], NEVER).sum().item())
+        if not quiet:
+            self.write()
+            columns = finishing(self.columns, found, self.made(), width)
+            scores, parents, tokens = going_on(found, width)
+            self.limited = True
+        self.full = quiet
+        attention = columns.attention
+        if attention is not None:
+            covered = of_parents(attention.covered, parents)
+            attention = dataclasses.replace(attention, covered=covered)
+        self.log.append(Said(tokens, parents))
+        self.columns = dataclasses.replace(
+            columns, previous=tokens, scores=scores, parents=parents, attention=attention
+        )
+        if not self.limited:
+            return []
+        best = scores[:, 0]
+        going = (best > columns.fact(Fact.HOPELESS)) & (best < math.inf)
+        return [] if bool(going.all()) else (~going).nonzero().squeeze(1).tolist()
+
+    def offer(self, state: list[Tensor]) -> tuple[Offer, list[Tensor]]:
+        """A step of the model: what it offers, and the new state."""
+        columns, width = self.columns, self.kind.width
+        count = min(2 * width, self.vocabulary.size) if width > 1 else 1
+        if self.kind.fused:
+            return self.chosen(state, count)
+        logits, state, paid = self.model.step(columns.previous, state, self.memory)
+        normaliser, logits = self.allowed(logits)
+        if self.kind.samples and columns.draws is not None:
+            values, tokens = draw(logits[:, 0], columns.draws, self.made())
+            values, tokens = values.view(-1, 1, 1), tokens.view(-1, 1, 1)
+        else:
+            values, tokens = top(logits, count)
+        return Offer(values, tokens, normaliser, paid), state
+
+    def chosen(self, state: list[Tensor], count: int) -> tuple[Offer, list[Tensor]]:
+        """The same of a model that chooses itself: one more token where EOS may be among them and
+        must not."""
+        scored, short = self.scored > 0, self.clock < self.short_until
+        more = count + 1 if short else count
+        values, tokens, normaliser, state, paid = self.model.best(
+            self.columns.previous, state, self.memory, more, scored
+        )
+        if short:
+            where = self.columns.fact(Fact.FREE) > self.clock
+            values, tokens = without(self.vocabulary.eos, where, values, tokens)
+        return Offer(values, tokens, normaliser if scored else None, paid), state
+
+    def allowed(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The normaliser [N, K] of what the model says, where anything is scored; and logits
+        [N, K, V] with what no sentence may become at -inf."""
+        ways = [
+            (way, self.columns.asked[i])
+            for i, way in enumerate(CONSTRAINTS)
+            if self.asking[i]
+        ]
+        heard = self.heard() if ways else None
+        if self.vocabulary.shortlisted:
+            some = self.model.allowed(self.memory)  # [N, V]
+            if heard is not None and heard.due is not None:
+                due = heard.due.unsqueeze(1)
+                named = due.clamp(min=0)
+                some = some.scatter(1, named, some.gather(1, named) | (due >= 0))
+            logits.masked_fill_(~some.unsqueeze(1), NEVER)
+        logits.index_fill_(2, self.vocabulary.never, NEVER)
+        for way, asked in ways:
+            if way.probable and heard is not None:
+                logits = way.apply(logits, asked, heard)
+        normaliser = normalisers(logits) if self.scored else None
+        for way, asked in ways:
+            if not way.probable and heard is not None:
+                logits = way.apply(logits, asked, heard)
+        return normaliser, logits
+
+    def heard(self) -> Heard:
+        """What constraints look at."""
+        made, due = self.made(), None
+        if self.asking[PREFIX_PLACE]:
+            due = PREFIX.due(self.columns.asked[PREFIX_PLACE], made)
+        return Heard(made, self.said, due, self.vocabulary.eos)
+
+    def made(self) -> Tensor:
+        """int64 [N]: the tokens that sentences have."""
+        return (self.clock - self.columns.fact(Fact.BEGAN)).long()
+
+    def said(self) -> Tensor:
+        """int64 [N, K, T]: these tokens."""
+        self.write()
+        return self.columns.tokens
+
+    def answers(self, ids: Sequence[int], late: bool = False) -> list[Event]:
+        """What sentences have, that have ended or whose time is over (`late`)."""
+        self.write()
+        places = [self.place[one] for one in ids]
+        made = [self.clock - self.began[one] for one in ids]
+        sentences = [self.sentences[place] for place in places]
+        return answers(self.columns, sentences, places, made, self.vocabulary.eos, late)
+
+    def committed(self, sentence: int) -> list[int]:
+        self.write()
+        made = self.clock - self.began[sentence]
+        return committed(self.columns, self.place[sentence], made)

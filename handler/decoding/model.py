@@ -1,16 +1,21 @@
 """What decoding needs of a model: the contract of model.pt, and its guard."""
 
 import itertools
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from handler.decoding import native
+from handler.decoding import kernels, native
 from handler.decoding.graphs import CudaGraphs, GraphedModel
 
-FORMAT_VERSION = 3
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSIONS = (3, 4)  # from 4 on, steps on a GPU call the operators of kernels.py
+CUDNN_LSTM = 2  # cuDNN's number of this kind of network
 Weights = Literal["float32", "float16", "bfloat16"]
 # oneDNN's operators that model.pt names. A build of torch without oneDNN (macOS) has to know them
 # to load it, and never calls them.
@@ -65,7 +70,7 @@ class FusedModel(SequenceModel, Protocol):
 
 def load(path: str, device: torch.device, weights: Weights | None = None) -> Any:
     """The TorchScript model at `path`, laid out for `device`. Native operators that lie beside it
-    are used; on a GPU, CUDA graphs.
+    are used; on a GPU, CUDA graphs and the kernels of kernels.py, which are compiled here.
 
     Args:
         weights: see `converted`.
@@ -79,13 +84,41 @@ def load(path: str, device: torch.device, weights: Weights | None = None) -> Any
     torch.backends.cudnn.allow_tf32 = False
     model = torch.jit.load(path, map_location=device)
     version = getattr(model, "format_version", None)
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
         raise ValueError(
-            f"{path}: format version {version}; this code reads version {FORMAT_VERSION}: "
+            f"{path}: format version {version}; this code reads versions {known}: "
             "export the model again with the code that serves it"
         )
     model = packed(converted(model.eval(), device, weights), device)
-    return GraphedModel(model, device, CudaGraphs(device)) if device.type == "cuda" else model
+    if device.type != "cuda":
+        return model
+    flatten(model)
+    try:
+        logger.info("kernels compiled in %.1f s", kernels.compile_for(device))
+    except RuntimeError as error:
+        logger.warning("no kernels of our own: %s", str(error).partition("\n")[0])
+    return GraphedModel(model, device, CudaGraphs(device))
+
+
+def flatten(model: Any) -> None:
+    """Put the weights of each `nn.LSTM` of a scripted model into one piece of memory, as cuDNN
+    reads them; else it copies them there at every call, and warns.
+
+    Loading and a change of the number format leave them apart. `flatten_parameters` is no method of
+    a scripted LSTM, but the tensors that its calls read can be had, and are changed in place.
+    """
+    for module in model.modules():
+        if getattr(module, "original_name", "") != "LSTM":
+            continue
+        try:
+            with torch.no_grad():
+                torch._cudnn_rnn_flatten_weight(
+                    module._flat_weights, 4, module.input_size, CUDNN_LSTM, module.hidden_size, 0,
+                    module.num_layers, module.batch_first, module.bidirectional,
+                )  # fmt: skip
+        except RuntimeError as error:  # no cuDNN, or a number format that it does not have
+            logger.info("weights of an LSTM stay apart: %s", str(error).partition("\n")[0])
 
 
 def converted(model: Any, device: torch.device, weights: Weights | None) -> Any:
@@ -131,12 +164,11 @@ def packed(model: Any, device: torch.device) -> Any:
 
 
 def encode_batch(
-    model: SequenceModel, sources: list[list[int]], device: torch.device
+    model: SequenceModel, sources: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Any, list[Tensor]]:
     """Encode sentences together: their memory, and their first state [N, ...]."""
-    lengths = torch.tensor([len(s) for s in sources])  # [N]
-    padded = torch.full((len(sources), int(lengths.max())), model.pad_id)  # [N, S]
-    for i, source in enumerate(sources):
-        padded[i, : len(source)] = torch.tensor(source)
+    lengths = torch.tensor([len(source) for source in sources])  # [N]
+    longest, pad = max(map(len, sources)), model.pad_id
+    padded = torch.tensor([[*s, *[pad] * (longest - len(s))] for s in sources])  # [N, S]
     memory = model.encode(padded.to(device), lengths.to(device))
     return memory, model.start(memory)

@@ -1,81 +1,119 @@
-"""A table of rows that stays dense while rows come and go."""
+"""Tables of rows that stay dense while rows come and go.
+
+Row i of every table of a lane belongs to its sentence i. Who comes takes the place of one who has
+left, or goes behind the last; places that stay empty are closed up by the last rows, so that little
+moves.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Rows:
-    """Several tensors that share dimension 0, of which rows 0..count are live.
+class Moves(NamedTuple):
+    """How rows close up: row origin[i] takes the place target[i], and `kept` are left."""
 
-    A row that leaves is overwritten by the last one, so nothing else moves. Where `padded`,
-    dimension 1 is a length that differs between rows; shorter rows are padded with zeros.
+    kept: int
+    origin: list[int]
+    target: list[int]
+
+    @classmethod
+    def without(cls, empty: list[int], count: int) -> "Moves":
+        """So that the places `empty`, of `count`, are gone."""
+        kept, gone = count - len(empty), set(empty)
+        origin = [row for row in range(kept, count) if row not in gone]
+        return cls(kept, origin, [row for row in empty if row < kept])
+
+    def close(self, table: Tensor) -> Tensor:
+        """`table` [count, ...] after the moves; its memory is written."""
+        if self.origin:
+            table[self.target] = table[self.origin]
+        return table[: self.kept]
+
+
+def joined(table: Tensor, added: Tensor) -> Tensor:
+    """Rows of both, [n + m, ...]; where a further dimension of one is shorter, zeros fill it up."""
+    if table.shape[1:] != added.shape[1:]:
+        shape = [max(a, b) for a, b in zip(table.shape[1:], added.shape[1:])]
+        table, added = (padded(t, [t.size(0), *shape]) for t in (table, added))
+    return torch.cat([table, added])
+
+
+def put(table: Tensor, places: list[int], rows: Tensor) -> Tensor:
+    """`table` with `rows` at `places`; its memory is written, and so are zeros where a further
+    dimension of the rows is shorter."""
+    if table.shape[1:] == rows.shape[1:]:
+        if rows.numel():
+            table[places] = rows
+        return table
+    shape = [max(a, b) for a, b in zip(table.shape[1:], rows.shape[1:])]
+    table = padded(table, [table.size(0), *shape])
+    table[places] = padded(rows, [rows.size(0), *shape])
+    return table
+
+
+def padded(table: Tensor, shape: list[int]) -> Tensor:
+    """`table`, filled up to `shape` with zeros."""
+    if list(table.shape) == shape:
+        return table
+    larger = table.new_zeros(shape)
+    larger[tuple(slice(size) for size in table.shape)] = table
+    return larger
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Large tables [N, S, ...] that share N and S, with room to grow, so that who comes costs no
+    copy of the others. Zeros fill up S. A table is at most four times as large as it need be.
+
+    count: rows that are used.
     """
 
-    def __init__(self, padded: bool = False) -> None:
-        self.padded = padded
-        self.count = 0
-        self.tensors: list[Tensor] = []
+    tables: list[Tensor]
+    count: int = 0
 
-    def append(self, new: int, rows: list[Tensor]) -> None:
-        """Add `new` rows at the end; each tensor [new, ...]."""
-        if not self.tensors:
-            self.tensors = [t.new_empty((0, *t.shape[1:])) for t in rows]
-        for i, added in enumerate(rows):
-            if not self.padded and self.tensors[i].size(0) == self.count:
-                # A step has just made these: there is no room to keep for others.
-                self.tensors[i] = torch.cat([self.tensors[i], added])
-                continue
-            table = self.fitting(self.tensors[i], self.count + new, added)
-            place = table[self.count : self.count + new]
-            if self.padded:
-                place.zero_()
-                place[:, : added.size(1)] = added
+    @classmethod
+    def like(cls, given: list[Tensor]) -> "Reserve":
+        return cls([t.new_empty([0, 0, *t.shape[2:]]) for t in given])
+
+    def put(self, places: list[int], given: list[Tensor]) -> "Reserve":
+        """With rows [m, S, ...] at `places`, which nobody has or which are behind the last. The
+        one before is as good as it was."""
+        if not given:
+            return self
+        count, length = max(self.count, places[-1] + 1), given[0].size(1)
+        larger = [self.fitting(t, count, length) for t in self.tables]
+        at: slice | list[int] = places
+        if places[-1] - places[0] + 1 == len(places):
+            at = slice(places[0], places[-1] + 1)
+        for table, rows in zip(larger, given):
+            if table.size(1) == length:
+                table[at] = rows
             else:
-                place.copy_(added)
-            self.tensors[i] = table
-        self.count += new
+                table[at, :length] = rows
+                table[at, length:] = 0
+        return Reserve(larger, count)
 
-    def fitting(self, table: Tensor, rows: int, added: Tensor) -> Tensor:
-        """`table` itself, or a larger copy, with room for `rows` rows as long as `added`'s."""
-        shape = list(table.shape)
-        if rows > shape[0]:
-            shape[0] = max(rows, 2 * self.count)
-        if self.padded and added.size(1) > shape[1]:
-            shape[1] = added.size(1)
-        if shape == list(table.shape):
+    def fitting(self, table: Tensor, rows: int, length: int) -> Tensor:
+        """`table`, or a larger copy with room for so many rows of that length."""
+        if rows <= table.size(0) and length <= table.size(1):
             return table
-        larger = table.new_zeros(shape)
+        capacity = table.size(0) if rows <= table.size(0) else max(rows, 2 * self.count)
         live = table[: self.count]
-        if self.padded:
-            larger[: self.count, : live.size(1)] = live
-        else:
-            larger[: self.count] = live
-        return larger
+        return padded(live, [capacity, max(length, table.size(1)), *table.shape[2:]])
 
-    def replace(self, tensors: list[Tensor]) -> None:
-        """Put new values [count, ...] in the place of all live rows."""
-        self.tensors = tensors
+    def close(self, moves: Moves) -> "Reserve":
+        """With the rows that are left; the memory of this one is written."""
+        for table in self.tables:
+            moves.close(table[: self.count])
+        tables = self.tables
+        if tables and 4 * moves.kept < tables[0].size(0):
+            # A sentence of unusual length does not set the size for ever, nor does a crowd.
+            tables = [t[: 2 * moves.kept].clone() for t in tables]
+        return Reserve(tables, moves.kept)
 
-    def live(self, length: int | None = None) -> list[Tensor]:
-        """Views of the live rows, cut to `length` in dimension 1 where given."""
-        if length is None:
-            return [t[: self.count] for t in self.tensors]
-        return [t[: self.count, :length] for t in self.tensors]
-
-    def remove(self, row: int) -> None:
-        """Take one row out; the last one moves into its place."""
-        last = self.count - 1
-        if row != last:
-            for t in self.tensors:
-                t[row] = t[last]
-        self.cut(last)
-
-    def cut(self, count: int) -> None:
-        """Keep the first `count` rows; a table is at most four times as large as it need be."""
-        self.count = count
-        if count == 0:
-            self.tensors = []  # a sentence of unusual length does not set the size for ever
-        elif self.padded and self.tensors and 4 * count < self.tensors[0].size(0):
-            self.tensors = [t[: 2 * count].clone() for t in self.tensors]
-
-
+    def live(self, length: int) -> list[Tensor]:
+        """Views [N, length, ...] of the live rows."""
+        return [t[: self.count, :length] for t in self.tables]

@@ -1,0 +1,203 @@
+"""Carries out what a scheduler plans: encodes sentences, gives them rows, makes steps.
+
+It holds lanes, memories and the model, and knows no policy. A tensor operation that raises fails
+the sentences that it was working on, which are then forgotten, and no others; `guarded` is the only
+place that handles a failure. What happened is returned, each sentence's end once.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from handler.decoding.columns import LEAST_ROOM
+from handler.decoding.lane import Kind, Lane, Vocabulary
+from handler.decoding.model import encode_batch
+from handler.decoding.scheduler import ENCODED_AHEAD, Plan, Report
+from handler.decoding.sentence import Event, Sentence, failed
+
+logger = logging.getLogger(__name__)
+
+Given = TypeVar("Given")
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Sentences that were encoded together: state [N, ...], attended memory [N, S, ...]."""
+
+    sentences: list[Sentence]
+    state: list[Tensor]
+    attended: list[Tensor]
+
+
+class Runner:
+    """Torch's operators, for every model and every option.
+
+    Args:
+        model: see `SequenceModel`.
+        clock: seconds, for `run`.
+    """
+
+    def __init__(self, model: Any, device: torch.device, clock: Callable[[], float]) -> None:
+        self.model = model
+        self.device = device
+        self.clock = clock
+        self.vocabulary = Vocabulary.of(model, device)
+        self.lanes: dict[Kind, Lane] = {}
+        self.lane_of: dict[int, Lane] = {}  # by id, of sentences in rows
+        self.encoded: dict[int, tuple[Encoded, int]] = {}  # batch and place, of those in none
+        self.fresh: list[int] = []  # ids that have rows and no token yet
+        self.memory: Any = None  # an empty one of the model's own type
+
+    def apply(self, plan: Plan) -> Report:
+        """Do what is planned; see `Plan`."""
+        events: list[Event] = []
+        for sentence in plan.drop:
+            self.encoded.pop(sentence, None)
+        for lane, ids in self.by_lane(plan.drop):
+            self.leave(lane, ids)
+        for lane, ids in self.by_lane(plan.expire):
+            read, errors = guarded(ids, lane.answers, ids, True)
+            events += read or errors
+            self.leave(lane, ids)
+        if plan.encode:
+            events += self.encode(plan.encode)
+        if plan.enter:
+            events += self.enter([one for one in plan.enter if one in self.encoded])
+        return Report(events=events)
+
+    def by_lane(self, ids: Iterable[int]) -> list[tuple[Lane, list[int]]]:
+        """The ids that have rows, by their lane."""
+        found: dict[Lane, list[int]] = {}
+        for one in ids:
+            if one in self.lane_of:
+                found.setdefault(self.lane_of[one], []).append(one)
+        return list(found.items())
+
+    def leave(self, lane: Lane, ids: list[int]) -> None:
+        lane.remove(ids)
+        for one in ids:
+            del self.lane_of[one]
+
+    def forget(self, lane: Lane) -> None:
+        """Of a lane that has failed."""
+        for one in lane.place:
+            del self.lane_of[one]
+        del self.lanes[lane.kind]
+
+    def rest(self) -> None:
+        """Give back the memory of lanes that are empty."""
+        self.lanes = {kind: lane for kind, lane in self.lanes.items() if lane.place}
+
+    def encode(self, sentences: list[Sentence]) -> list[Event]:
+        """Read sources together."""
+        ids = [one.id for one in sentences]
+        sources = [one.source for one in sentences]
+        made, errors = guarded(ids, encode_batch, self.model, sources, self.device)
+        if made is not None:
+            memory, state = made
+            if self.memory is None:
+                self.memory = memory._replace(attended=[], initial=[])
+            batch = Encoded(sentences, state, memory.attended)
+            self.encoded |= {one: (batch, place) for place, one in enumerate(ids)}
+        return errors
+
+    def enter(self, ids: list[int]) -> list[Event]:
+        """Give rows to sentences that are encoded."""
+        events: list[Event] = []
+        groups: dict[tuple[int, Kind], list[tuple[Encoded, int]]] = {}
+        for one in ids:
+            batch, place = self.encoded.pop(one)
+            kind = Kind.of(batch.sentences[place], self.vocabulary)
+            groups.setdefault((id(batch), kind), []).append((batch, place))
+        for (_, kind), members in groups.items():
+            batch, places = members[0][0], [place for _, place in members]
+            sentences = [batch.sentences[place] for place in places]
+            lane = self.lanes.get(kind) or Lane(self.model, self.vocabulary, kind, self.memory)
+            new = [one.id for one in sentences]
+            _, errors = guarded(new, take_in, lane, batch, places, sentences)
+            events += errors
+            if not errors:
+                self.lanes[kind] = lane
+                self.lane_of |= dict.fromkeys(new, lane)
+                self.fresh += new
+        return events
+
+    def run(self, steps: int, until: float = math.inf) -> Report:
+        """Up to `steps` tokens of every sentence in rows: fewer where one ends, or where the clock
+        comes to `until`."""
+        began, self.fresh = self.fresh, []
+        events: list[Event] = []
+        made = 0
+        self.rest()
+        while made < steps and self.lane_of and not events:
+            for lane in list(self.lanes.values()):
+                events += self.step(lane)
+            made += 1
+            if self.clock() >= until:
+                break
+        return Report(made, [one for one in began if one in self.lane_of], events)
+
+    def step(self, lane: Lane) -> list[Event]:
+        """One token of every sentence of a lane; what ended with it."""
+        ids, errors = guarded(lane.place, lane.step)
+        if ids is None:
+            self.forget(lane)
+            return errors
+        if not ids:
+            return []
+        read, errors = guarded(ids, lane.answers, ids)
+        self.leave(lane, ids)
+        return read or errors
+
+    def committed(self, sentence: int) -> list[int]:
+        """See `Engine.committed`."""
+        return self.lane_of[sentence].committed(sentence)
+
+    @torch.inference_mode()
+    def largest_memory(self, rows: int) -> int:
+        """Bytes that `rows` rows take at most, beside the weights: of each
+
+        - state, as it is, reordered, new, and copied where sentences join: 4 times;
+        - logits, and the larger copies that drawing makes of them;
+        - tokens of the live hypothesis and of a finished one, for up to twice the longest target,
+          each written, copied and made longer;
+        - where a model has attention, what each target token may pay, for those who ask;
+        - attended memory: tables at most 4 times as large as need be, and who is encoded ahead.
+        """
+        model = self.model
+        memory, state = encode_batch(model, [[model.eos_id]], self.device)
+        attended = sum(t.nbytes for t in memory.attended)  # of one source token
+        source, target = model.max_source_length, 2 * max(model.max_target_length, LEAST_ROOM)
+        row = 4 * sum(t.nbytes for t in state)
+        row += model.target_vocabulary * (2 * state[0].element_size() + 4 * 8)
+        row += 2 * 3 * 8 * target
+        if model.has_attention:
+            row += 2 * 4 * target * source
+        sentences = 4 * rows + max(ENCODED_AHEAD, rows)
+        buffers = int(getattr(model, "most_bytes", 0))
+        return rows * row + sentences * source * attended + buffers
+
+
+def take_in(lane: Lane, batch: Encoded, places: list[int], sentences: list[Sentence]) -> None:
+    """Put some of a batch into a lane."""
+    if len(places) == len(batch.sentences):
+        lane.add(sentences, batch.state, batch.attended)
+    else:
+        lane.add(sentences, [t[places] for t in batch.state], [t[places] for t in batch.attended])
+
+
+def guarded(
+    ids: Iterable[int], work: Callable[..., Given], *arguments: Any
+) -> tuple[Given | None, list[Event]]:
+    """What `work` returns; or the events of the sentences that it was working on, if it fails."""
+    try:
+        return work(*arguments), []
+    except Exception as error:
+        events = [failed(one, error) for one in ids]
+        logger.exception("decoding failed for %d sentences", len(events))
+        return None, events
