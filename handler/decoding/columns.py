@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from handler.decoding.constraints import CONSTRAINTS
-from handler.decoding.rows import Moves, joined, padded, put
+from handler.decoding.rows import Moves, joined, padded, put, sent
 from handler.decoding.sampling import Draws
 from handler.decoding.sentence import Sentence
 
@@ -129,11 +129,12 @@ def begun(
 
 
 def begin(
-    columns: Columns, places: list[int], sentences: Sequence[Sentence], clock: int, bos: int
-) -> Columns:
-    """With sentences that have no token yet at `places`, whose memory is written."""
+    columns: Columns, places: list[int], at: int | Tensor, sentences: Sequence[Sentence],
+    clock: int, bos: int,
+) -> Columns:  # fmt: skip
+    """With sentences that have no token yet at `places`, whose memory is written; `at` names the
+    same places."""
     device, width = columns.facts.device, columns.previous.size(1)
-    at: int | list[int] = places[0] if len(places) == 1 else places
     columns.facts[at] = facts_of(sentences, clock, device)
     columns.previous[at] = bos
     first(columns.scores, at)
@@ -154,7 +155,7 @@ def begin(
     return dataclasses.replace(columns, asked=asked, attention=attention, draws=draws)
 
 
-def first(scores: Tensor, at: int | list[int] | slice) -> Tensor:
+def first(scores: Tensor, at: int | Tensor | slice) -> Tensor:
     """`scores` [N, K] of sentences that begin: the other hypotheses are not there yet."""
     scores[at] = 0.0
     if scores.size(1) > 1:
@@ -183,7 +184,7 @@ def facts_of(sentences: Sequence[Sentence], clock: int, device: torch.device) ->
             clock, clock + o.min_length, o.n_best, len(s.source), shift, scale, o.length_penalty,
             o.coverage_penalty, longest, NEVER,
         ])  # fmt: skip
-    return torch.tensor(rows, dtype=torch.double, device=device)
+    return sent(rows, device, torch.double)
 
 
 def asked_by(sentences: Sequence[Sentence], device: torch.device) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 
 from handler.decoding.model import SourceLengthError
 from handler.decoding.options import DecodingOptions
+from handler.decoding.cuda_runner import CudaRunner
 from handler.decoding.runner import Runner
 from handler.decoding.scheduler import Scheduler
 from handler.decoding.sentence import Event, Sentence
@@ -50,7 +51,13 @@ class Engine:
         self.ids = itertools.count()
         self.steps = 0  # that have been made
         self.scheduler = Scheduler(rows)
-        self.runner = Runner(model, device, clock)
+        self.runner = self.new_runner()
+
+    def new_runner(self) -> Runner:
+        """For the device."""
+        if self.device.type == "cuda":
+            return CudaRunner(self.model, self.device, self.clock, self.capacity)
+        return Runner(self.model, self.device, self.clock)
 
     def admit(
         self,
@@ -122,7 +129,7 @@ class Engine:
 
     def clear(self) -> list[int]:
         """Forget every sentence, and all that is held for any; the ids of those."""
-        self.runner = Runner(self.model, self.device, self.clock)
+        self.runner.clear()
         forgotten = self.scheduler.clear()
         self.scheduler.dropped.clear()
         return forgotten

@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from handler.decoding.columns import (
 )
 from handler.decoding.constraints import CONSTRAINTS, PREFIX, Heard
 from handler.decoding.reading import answers, committed
-from handler.decoding.rows import Moves, Reserve
+from handler.decoding.rows import Moves, Reserve, sent
 from handler.decoding.sampling import draw
 from handler.decoding.search import (
     Offer,
@@ -45,8 +44,7 @@ from handler.decoding.sentence import Event, Sentence
 PREFIX_PLACE = CONSTRAINTS.index(PREFIX)
 
 
-@dataclass(frozen=True, eq=False)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """What every step asks of a model, which a scripted module would answer slowly.
 
     never: ids that no text has, on the model's device. shortlisted: whether the model has
@@ -142,9 +140,10 @@ class Lane:
             self.write()
             columns, reserve, tables = self.columns, self.attended, self.state
             if reused:
-                at: int | list[int] = places[0] if reused == 1 else places[:reused]
+                some = places[:reused]
+                at = some[0] if reused == 1 else sent(some, columns.facts.device)
                 bos = self.vocabulary.bos
-                columns = begin(columns, places[:reused], sentences[:reused], self.clock, bos)
+                columns = begin(columns, some, at, sentences[:reused], self.clock, bos)
                 for table, new in zip(tables, wide):
                     table.view(count, width, *table.shape[1:])[at] = new[:reused]
             if behind:

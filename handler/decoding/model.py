@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from handler.decoding import kernels, native
-from handler.decoding.graphs import CudaGraphs, GraphedModel
+from handler.decoding.rows import sent
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class FusedModel(SequenceModel, Protocol):
 
 def load(path: str, device: torch.device, weights: Weights | None = None) -> Any:
     """The TorchScript model at `path`, laid out for `device`. Native operators that lie beside it
-    are used; on a GPU, CUDA graphs and the kernels of kernels.py, which are compiled here.
+    are used; on a GPU the kernels of kernels.py, which are compiled here.
 
     Args:
         weights: see `converted`.
@@ -98,7 +98,7 @@ def load(path: str, device: torch.device, weights: Weights | None = None) -> Any
         logger.info("kernels compiled in %.1f s", kernels.compile_for(device))
     except RuntimeError as error:
         logger.warning("no kernels of our own: %s", str(error).partition("\n")[0])
-    return GraphedModel(model, device, CudaGraphs(device))
+    return model
 
 
 def flatten(model: Any) -> None:
@@ -167,8 +167,8 @@ def encode_batch(
     model: SequenceModel, sources: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Any, list[Tensor]]:
     """Encode sentences together: their memory, and their first state [N, ...]."""
-    lengths = torch.tensor([len(source) for source in sources])  # [N]
     longest, pad = max(map(len, sources)), model.pad_id
-    padded = torch.tensor([[*s, *[pad] * (longest - len(s))] for s in sources])  # [N, S]
-    memory = model.encode(padded.to(device), lengths.to(device))
+    lengths = sent([len(source) for source in sources], device)  # [N]
+    padded = sent([[*s, *[pad] * (longest - len(s))] for s in sources], device)  # [N, S]
+    memory = model.encode(padded, lengths)
     return memory, model.start(memory)

@@ -5,11 +5,20 @@ left, or goes behind the last; places that stay empty are closed up by the last 
 moves.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def sent(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """A tensor of Python's numbers on a device, which is not waited for."""
+    made = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return made
+    return made.pin_memory().to(device, non_blocking=True)
 
 
 class Moves(NamedTuple):

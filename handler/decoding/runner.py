@@ -78,16 +78,23 @@ class Runner:
                 found.setdefault(self.lane_of[one], []).append(one)
         return list(found.items())
 
-    def leave(self, lane: Lane, ids: list[int]) -> None:
+    def leave(self, lane: Any, ids: list[int]) -> None:
         lane.remove(ids)
         for one in ids:
             del self.lane_of[one]
 
-    def forget(self, lane: Lane) -> None:
+    def forget(self, lane: Any) -> None:
         """Of a lane that has failed."""
         for one in lane.place:
             del self.lane_of[one]
         del self.lanes[lane.kind]
+
+    def clear(self) -> None:
+        """Forget everybody."""
+        for lane in list(self.lanes.values()):
+            self.forget(lane)
+        self.encoded.clear()
+        self.fresh.clear()
 
     def rest(self) -> None:
         """Give back the memory of lanes that are empty."""
@@ -112,12 +119,12 @@ class Runner:
         groups: dict[tuple[int, Kind], list[tuple[Encoded, int]]] = {}
         for one in ids:
             batch, place = self.encoded.pop(one)
-            kind = Kind.of(batch.sentences[place], self.vocabulary)
+            kind = self.kind_of(batch.sentences[place])
             groups.setdefault((id(batch), kind), []).append((batch, place))
         for (_, kind), members in groups.items():
             batch, places = members[0][0], [place for _, place in members]
             sentences = [batch.sentences[place] for place in places]
-            lane = self.lanes.get(kind) or Lane(self.model, self.vocabulary, kind, self.memory)
+            lane = self.lane_for(kind)
             new = [one.id for one in sentences]
             _, errors = guarded(new, take_in, lane, batch, places, sentences)
             events += errors
@@ -157,6 +164,13 @@ class Runner:
     def committed(self, sentence: int) -> list[int]:
         """See `Engine.committed`."""
         return self.lane_of[sentence].committed(sentence)
+
+    def kind_of(self, sentence: Sentence) -> Kind:
+        """The kind of lane that a sentence belongs in."""
+        return Kind.of(sentence, self.vocabulary)
+
+    def lane_for(self, kind: Kind) -> Any:
+        return self.lanes.get(kind) or Lane(self.model, self.vocabulary, kind, self.memory)
 
     @torch.inference_mode()
     def largest_memory(self, rows: int) -> int:

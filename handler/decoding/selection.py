@@ -7,6 +7,7 @@ BLOCK = 64  # logits that the first stage of top-k looks at together
 BLOCKED_FROM = 2048  # vocabulary from which two stages are faster than one
 SCRATCH = 1 << 18  # floats that stay in a processor's cache
 NEVER = float("-inf")
+LAST = 0x7FFFFFFF  # of int32
 
 
 def normalisers(logits: Tensor) -> Tensor:
@@ -53,3 +54,35 @@ def without(token: int, where: Tensor, values: Tensor, tokens: Tensor) -> tuple[
         return values[:, :, :-1], tokens[:, :, :-1]
     place = torch.arange(tokens.size(2) - 1, device=tokens.device) + taken.cumsum(2)[:, :, :-1]
     return values.gather(2, place), tokens.gather(2, place)
+
+
+def greatest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The greatest `count` of float32 [N, K, V], best first, equals by id, and their ids.
+
+    In half precision equal logits are common, and which of them torch's top-k takes depends on how
+    many it is asked for, so on the sentences beside. In two stages: of the `count` first blocks in
+    the order of their maxima, those that are equal by place, each has one before any element of the
+    other blocks.
+    """
+    n, k, vocabulary = logits.shape
+    blocks = vocabulary // BLOCK
+    ids = torch.arange(vocabulary, device=logits.device)
+    if blocks <= count:
+        return in_order(logits, ids.expand(n, k, -1), count)
+    whole = logits[:, :, : blocks * BLOCK].unflatten(2, (blocks, BLOCK))
+    _, block = in_order(whole.amax(3), ids[:blocks].expand(n, k, -1), count)  # [N, K, count]
+    found = whole.gather(2, block.unsqueeze(3).expand(n, k, count, BLOCK)).flatten(2)
+    tokens = (block.unsqueeze(3) * BLOCK + ids[:BLOCK]).flatten(2)
+    rest = ids[blocks * BLOCK :]
+    found = torch.cat([found, logits[:, :, blocks * BLOCK :]], 2)
+    return in_order(found, torch.cat([tokens, rest.expand(n, k, -1)], 2), count)
+
+
+def in_order(values: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` of values [..., C] with their ids: the greatest first, NaN before all,
+    equals by id. A float's bits, those behind a negative sign turned over, are ordered as whole
+    numbers."""
+    bits = values.view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & LAST)).masked_fill(values.isnan(), LAST)
+    _, place = ((ordered.long() << 32) - ids).topk(count, -1)
+    return values.gather(-1, place), ids.gather(-1, place)

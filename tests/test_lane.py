@@ -1,4 +1,5 @@
-"""Several steps in one call: what they give is what one by one gives, to the last bit."""
+"""A lane's steps: several in one call are what one by one gives, to the last bit; and what a lane
+does with sentences that come, go and end."""
 
 import itertools
 import math
@@ -8,13 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_model import EOS, A, B, C, TableModel, drained
-from test_graphs import Remembered, graphed
+from table_model import EOS, A, B, TableModel, drained
 from test_model import VOCABULARY, build
 
 from handler.decoding import DecodingOptions, Engine
-from handler.decoding.graphs import GraphedModel
-from handler.decoding.lane import Lane
 from model.quantized import quantized
 
 
@@ -95,30 +93,6 @@ def test_many_steps_in_a_call_are_those_one_by_one(model, given, seed):
     assert many.rows == one.rows
 
 
-@settings(max_examples=25)
-@given(given=tasks(), seed=st.integers(0, 999))
-def test_where_a_look_waits_for_the_device_a_few_steps_are_made_blindly(model, given, seed):
-    expected = drained(engine_of(graphed(model), given))
-    recorder = Remembered()
-    found = hurried(engine_of(graphed(model, recorder), given), seed)
-    assert found == expected
-    longest = max(len(r.tokens) + 1 for e in expected.values() for r in e.results)
-    spare = graphed(model).unseen * len(given)  # each end is seen that late at most
-    assert len(recorder.replayed) - len(recorder.recorded) <= longest + spare + len(given)
-
-
-def test_a_sentence_is_decoded_without_a_look_in_between(monkeypatch):
-    def single(*_):
-        raise AssertionError("a step was made alone")
-
-    monkeypatch.setattr(Lane, "single", single)
-    engine = Engine(TableModel({2: {A: 1.0}, A: {A: 0.6, B: 0.4}, B: {B: 1.0}}), 1)
-    engine.admit([9], DecodingOptions(max_length=12))
-    [event] = engine.advance(100)
-    assert event.results[0].tokens == [A] * 12
-    assert engine.steps == 12
-
-
 def test_an_end_that_does_not_count_stops_nothing():
     """EOS is the third of the candidates of a beam of 2, so it ends nothing, and none goes on from
     it: the beam is A A A, A A B all the way."""
@@ -134,7 +108,7 @@ def test_an_end_that_does_not_count_stops_nothing():
     engine.admit([9], DecodingOptions(beam_size=2, n_best=2, max_length=4))
     engine.advance()
     [event] = engine.advance(50)
-    assert calls == [[[2]], [[A, B]], [[A, B]], [[A, B]]]
+    assert calls == [[[2, 2]], [[A, B]], [[A, B]], [[A, B]]]
     assert [r.tokens for r in event.results] == [[A, A, A, A], [A, A, A, B]]
     assert [r.log_probability for r in event.results] == pytest.approx(
         [4 * math.log(0.5), 3 * math.log(0.5) + math.log(0.3)], abs=1e-4
@@ -165,45 +139,7 @@ def test_lanes_go_equally_far():
     engine.admit([9], DecodingOptions(beam_size=2, max_length=20))
     for done in itertools.accumulate((1, 4, 2)):
         engine.advance({1: 1, 5: 4, 7: 2}[done])
-        assert {len(h.tokens) for s in engine.sentences.values() for h in s.live} == {done}
-
-
-def test_lanes_go_several_steps_together_where_they_are_made_blindly():
-    """A greedy sentence and a beam, which ends after five tokens."""
-    table = {t: {A: 0.6, B: 0.4} for t in (2, A, B)}
-    recorder, model = Remembered(), TableModel(table)
-    model.card = "{}"
-    engine = Engine(graphed(model, recorder), 3)
-    engine.admit([9], DecodingOptions(max_length=20))
-    beam = engine.admit([9], DecodingOptions(beam_size=2, max_length=5))
-    assert engine.advance() == []  # alone, as the beam changes its lane
-    looks = []
-    while not (events := engine.advance(50)):
-        looks.append(engine.steps)
-    assert [event.sentence for event in events if event.sentence == beam] == [beam]
-    assert looks == []
-    assert engine.steps == 20
-
-
-def test_a_beam_that_has_few_hypotheses_left_reads_their_attention_only():
-    """After the first step two tokens are possible, of which one ends; with three hypotheses."""
-    table = {2: {A: 0.5, B: 0.3, C: 0.2}, A: {A: 1.0}, B: {EOS: 1.0}, C: {A: 1.0}}
-    options = DecodingOptions(beam_size=3, n_best=3, max_length=9, return_alignments=True)
-    found = []
-    for many in (1, 50):
-        model = TableModel(table, attention={A: [0.5, 0.5], B: [0.2, 0.8]})
-        of_table = model.logits[list(table)]
-        model.logits[list(table)] = of_table.masked_fill(of_table == -30, float("-inf"))
-        model.card = "{}"
-        engine = Engine(GraphedModel(model, torch.device("cpu"), None), 6)
-        engine.admit([9, EOS], options)
-        engine.admit([8, EOS], DecodingOptions(beam_size=3, max_length=9))
-        ended = {}
-        while not engine.idle:
-            ended |= {event.sentence: event for event in engine.advance(many)}
-        found.append(ended)
-    assert found[0] == found[1]
-    assert [event.error for event in found[0].values()] == [None, None]
+        assert {lane.clock for lane in engine.runner.lanes.values()} == {done}
 
 
 def test_scores_are_summed_in_the_models_own_precision():
