@@ -9,6 +9,11 @@ batches, and encodes as part of what is timed; text, tokenizers and vocabularies
 system is a process of its own; rounds go around them, so that all meet the same machine, and the
 median of each is told. Below the table stands what network each system has.
 
+    python -m bench.decoding --beside FOLDER --rounds 7
+
+measures our engine beside that of another checkout, say of the version before, in CPU time: the
+ratio of medians, between the least and the greatest of the rounds.
+
 `floor` is what the matrix products alone of our network would reach in fp32, measured in the same
 rounds: see `bench.peers.floor`, which tells what it counts and what can go below it.
 
@@ -34,6 +39,7 @@ from bench.machine import described
 from bench.peers import profiled, static
 from bench.peers.floor import Floor
 from bench.peers.job import SPECIAL, Job, Sizes
+from bench.turns import alternating, ratio, revision, spread
 
 ROOT = Path(__file__).parents[1]
 PEERS = {
@@ -42,6 +48,17 @@ PEERS = {
     "fairseq": ("fairseq", "fairseq_lstm"),
 }
 OURS, INT8 = "ours", "ours int8"
+# Runs a module of this bench with the packages of another checkout.
+BESIDE = """
+import sys, runpy
+from pathlib import Path
+root, folder, module = sys.argv[1:]
+sys.path.insert(0, folder)
+import handler, model, training
+assert Path(handler.__file__).resolve().is_relative_to(Path(folder).resolve()), handler.__file__
+sys.path[0] = root
+runpy.run_module(module, run_name="__main__")
+"""
 TOKENS = 25  # of each target
 VOCABULARY = 8000
 
@@ -53,6 +70,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--peers", type=Path, metavar="DIR", help="made by bench/peers/install.sh")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout of ours")
     parser.add_argument("--sizes", nargs="+", default=["2x512", "4x1000"], metavar="LAYERSxWIDTH")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 16 64; of text, 16 64")
@@ -77,6 +95,10 @@ def main() -> None:
     if arguments.profile:
         print(f"{described()}; `{command}`\n")
         profiled.measure(jobs(arguments))
+        return
+    if arguments.beside is not None:
+        print(f"{described()}; `{command}`; target tokens a second of CPU time\n")
+        beside(arguments.beside.absolute(), list(jobs(arguments)), arguments.rounds)
         return
     print(
         f"{described()}; `{command}`; target tokens a second, {arguments.sentences} sentences "
@@ -118,16 +140,20 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
             for beam_size in arguments.beams:
                 for batch in arguments.batches or [1, 16, 64]:
                     count = arguments.sentences_at_1 if batch == 1 else arguments.sentences
-                    yield Job(sizes, sources[:count], TOKENS, batch, beam_size, threads)
+                    cpu = arguments.beside is not None
+                    yield Job(sizes, sources[:count], TOKENS, batch, beam_size, threads, cpu)
 
 
 class Runner:
     """A system in a process of its own, whose complaints go to standard error."""
 
-    def __init__(self, name: str, python: Path, module: str) -> None:
+    def __init__(self, name: str, python: Path, module: str, folder: Path = ROOT) -> None:
         self.name = name
+        run = ["-m", f"bench.peers.{module}"]
+        if folder != ROOT:
+            run = ["-c", BESIDE, str(ROOT), str(folder), f"bench.peers.{module}"]
         self.process = subprocess.Popen(
-            [str(python), "-W", "ignore", "-m", f"bench.peers.{module}"],
+            [str(python), "-W", "ignore", *run],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
 
@@ -154,6 +180,36 @@ class Runner:
             return {"error": "its process has ended"}
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def beside(folder: Path, work: list[Job], rounds: int) -> None:
+    """Print our speed, that of another checkout, and the ratio, for each job and number format."""
+    names = f"here ({revision(ROOT)})", f"beside ({revision(folder)})"
+    print(f"| size | threads | | batch | format | {names[0]} | {names[1]} | here / beside |")
+    print("|" + "---|" * 8, flush=True)
+    python = Path(sys.executable)
+    with ExitStack() as stack:
+        systems = [
+            (form, [stack.enter_context(Runner(form, python, module, at)) for at in (ROOT, folder)])
+            for form, module in (("float32", "ours"), ("int8", "ours_int8"))
+        ]
+        for job in work:
+            for form, both in systems:
+                rates: list[list[float]] = [[], []]
+                for number in range(rounds):
+                    for place in alternating((0, 1), number):
+                        answer = both[place].answer(job)
+                        if "error" in answer:
+                            sys.exit(f"{names[place]}: {answer['error']}")
+                        rates[place].append(answer["tokens_per_second"])
+                cells = [*named(job), form, *map(spread, rates), ratio(*rates)]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def named(job: Job) -> list[str]:
+    search = "greedy" if job.beam_size == 1 else f"beam {job.beam_size}"
+    size = f"{job.sizes.layers}x{job.sizes.hidden_size}"
+    return [size, str(job.threads), search, str(job.batch)]
 
 
 def compare(runners: dict[str, Runner], work: list[Job], rounds: int) -> None:
@@ -183,9 +239,8 @@ def compare(runners: dict[str, Runner], work: list[Job], rounds: int) -> None:
 def row(job: Job, told: dict[str, float], peers: list[str]) -> str:
     ours, int8, floor = told.get(OURS), told.get(INT8), told["floor"]
     best = max((told[name] for name in peers if name in told), default=None)
-    search = "greedy" if job.beam_size == 1 else f"beam {job.beam_size}"
     cells = [
-        f"{job.sizes.layers}x{job.sizes.hidden_size}", str(job.threads), search, str(job.batch),
+        *named(job),
         *(f"{told[name]:.0f}" if name in told else "failed" for name in [*peers, OURS, INT8]),
         f"{ours / best:.2f}" if ours and best else "",
         f"{int8 / best:.2f}" if int8 and best else "",

@@ -275,6 +275,7 @@ class Lane:
         if attention is not None:
             covered = of_parents(attention.covered, parents)
             attention = dataclasses.replace(attention, covered=covered)
+        tokens = tokens.contiguous()  # as native operators read them
         self.log.append(Said(tokens, parents))
         self.columns = dataclasses.replace(
             columns, previous=tokens, scores=scores, parents=parents, attention=attention

@@ -42,7 +42,8 @@ class Candidates(NamedTuple):
 def single(columns: Columns, offer: Offer) -> tuple[Tensor, Tensor]:
     """One hypothesis a sentence goes on with the one token that is offered: scores and tokens,
     [N, 1] each."""
-    values, tokens = offer.values.squeeze(2), offer.tokens.squeeze(2)
+    # Contiguous, as native operators read them.
+    values, tokens = offer.values.squeeze(2), offer.tokens.squeeze(2).contiguous()
     if offer.normaliser is not None:
         values = columns.scores - offer.normaliser + values
     return values, tokens
