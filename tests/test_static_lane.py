@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from handler.decoding import DecodingOptions, Engine
-from handler.decoding.cuda_runner import CudaRunner
+from handler.decoding.cuda_runner import CudaOptions, CudaRunner
 from handler.decoding.graphs import Called, bucket
 from handler.decoding.static_lane import Grid, Sizes, StaticLane
 from model.quantized import quantized
@@ -48,17 +48,16 @@ class Static(Watched):
     """An engine whose plain sentences go through static steps."""
 
     recorder = Called()
-    tile = 0
-
     def new_runner(self):
-        return CudaRunner(
-            self.model, self.device, self.clock, self.capacity, WIDTHS, self.recorder, self.tile
+        options = CudaOptions(WIDTHS, tiles=False)
+        runner = CudaRunner(
+            self.model, self.device, self.clock, self.capacity, options, self.recorder
         )
+        return runner
 
 
-def static(model, rows, recorder=None, tile=0):
-    kind = type("", (Static,), {"recorder": recorder or Called(), "tile": tile})
-    return kind(model, rows)
+def static(model, rows, recorder=None):
+    return type("", (Static,), {"recorder": recorder or Called()})(model, rows)
 
 
 @pytest.fixture(scope="module", params=["sutskever", "attention", "mixed ensemble"])
@@ -70,13 +69,17 @@ def model(request):
 
 
 @settings(max_examples=10)
-@given(seed=st.integers(0, 9999), rows=st.integers(5, 12), tile=st.sampled_from([0, 0, 4]))
-def test_sentences_come_out_as_step_by_step(model, seed, rows, tile):
+@given(seed=st.integers(0, 9999), rows=st.integers(5, 12), tiles=st.booleans())
+def test_sentences_come_out_as_step_by_step(model, seed, rows, tiles):
     """Greedy, beams, sampling, prefixes and all else mixed, at random times; what is committed is
     never taken back. A deadline ends a sentence with what was known by then."""
     tasks = tasks_of(random.Random(seed), 9, model.has_attention)
     reference = functools.cache(lambda i: alone(model, tasks[i], None))
-    events, _ = run(static(model, rows, tile=tile), tasks, random.Random(seed))
+    engine = static(model, rows)
+    for lane in engine.runner.static.values() if tiles else ():
+        lane.at_once = 1
+        lane.use_tiles(True)
+    events, _ = run(engine, tasks, random.Random(seed))
     for i, event in events.items():
         if tasks[i].patience is None:
             assert_same(event, reference(i), 1e-4)
@@ -161,6 +164,45 @@ def test_what_is_cancelled_while_steps_are_under_way_is_told_by_nobody():
     assert events[kept].results[0].tokens == [A] * 9
 
 
+class Rounding:
+    """A model whose rows depend on how many are beside them, but not in tiles of one size."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def step(self, previous, state, memory):
+        logits, state, paid = self.model.step(previous, state, memory)
+        return logits * (1 + 1e-9 * previous.size(0)), state, paid
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_rows_that_depend_on_their_number_are_computed_in_tiles(tiles, monkeypatch, caplog):
+    monkeypatch.setattr("handler.decoding.cuda_runner.TILE", 4)
+    model = Rounding(TableModel({t: {A: 0.6, B: 0.4} for t in (2, A, B)}))
+    model.model.logits = model.model.logits.double()
+    clock = lambda: 0.0  # noqa: E731
+    with caplog.at_level(logging.INFO):
+        runner = CudaRunner(model, torch.device("cpu"), clock, 18, CudaOptions((1, 2), tiles),
+                            Called())  # fmt: skip
+    assert [lane.tiled for lane in runner.static.values()] == [tiles, tiles]
+    assert runner.invariant == tiles
+    assert any("may depend" in line for line in caplog.messages) == (not tiles)
+    assert runner.static[1].grid.sentences == ([4, 16, 20] if tiles else [1, 16, 20])
+    assert runner.static[2].grid.sentences == ([2, 8, 10] if tiles else [1, 8, 10])
+
+
+def test_a_model_whose_rows_do_not_is_not(caplog):
+    model = TableModel({t: {A: 0.6, B: 0.4} for t in (2, A, B)})
+    with caplog.at_level(logging.WARNING):
+        engine = static(model, 20)
+    assert engine.runner.invariant
+    assert not any(lane.tiled for lane in engine.runner.static.values())
+    assert not caplog.messages
+
+
 # What a graph can be made of
 
 
@@ -199,9 +241,9 @@ class Refusing(Called):
 def test_a_size_that_cannot_be_recorded_is_computed_it_alone(model, caplog):
     with caplog.at_level(logging.WARNING):
         engine = static(model, 8, Refusing(2))
-    told = [record.getMessage() for record in caplog.records]
+    told = [line for line in caplog.messages if "no graph for" in line]
     assert len(told) == 2
-    assert all("no graph for" in line and "more of it" not in line for line in told)
+    assert not any("more of it" in line for line in told)
     options = DecodingOptions(max_length=9)
     (found,) = decode(engine, [[5, 6, EOS]], options)
     (expected,) = decode(Engine(model, 1), [[5, 6, EOS]], options)

@@ -8,15 +8,19 @@ by kernel, as on a CPU.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from handler.decoding.columns import Fact
+from handler.decoding.failures import guarded
 from handler.decoding.graphs import CudaGraphs, Recorder
 from handler.decoding.lane import Kind, Lane
 from handler.decoding.model import encode_batch
-from handler.decoding.runner import Runner, guarded
+from handler.decoding.runner import Runner
 from handler.decoding.scheduler import Report
 from handler.decoding.sentence import Event, Sentence
 from handler.decoding.static_lane import Sizes, StaticLane
@@ -25,7 +29,20 @@ logger = logging.getLogger(__name__)
 
 AHEAD = 1  # blocks that are enqueued before the one before them is read
 BLOCK = 4  # steps
-WIDTHS = (1, 5)  # that are recorded
+TILE = 64  # rows; below that a product takes as long as its weights take to be read
+MOST_ROWS = 1024  # that `rows: auto` chooses; on an H100 more made no more tokens a second
+SPARE = 0.8  # of the memory that is free, which may be planned with
+
+
+@dataclass(frozen=True)
+class CudaOptions:
+    """widths: beam sizes whose steps are recorded, each with memory for all rows.
+    tiles: rows that are computed at once where more would make a row depend on how many are beside
+    it; False allows that.
+    """
+
+    widths: tuple[int, ...] = (1, 5)
+    tiles: bool = True
 
 
 class CudaRunner(Runner):
@@ -33,8 +50,10 @@ class CudaRunner(Runner):
 
     Args:
         rows: most hypotheses at once, over all lanes.
-        widths: of the beams that are recorded; each takes memory for all rows.
         recorder: of steps.
+
+    Raises:
+        ValueError: the device has too little memory for so many rows.
     """
 
     def __init__(
@@ -43,28 +62,51 @@ class CudaRunner(Runner):
         device: torch.device,
         clock: Callable[[], float],
         rows: int,
-        widths: Iterable[int] = WIDTHS,
+        options: CudaOptions = CudaOptions(),
         recorder: Recorder | None = None,
-        tile: int = 0,
     ) -> None:
         super().__init__(model, device, clock)
-        self.rows = rows
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.invariant = True  # whether a sentence has the same bits in any company
+        widths = [width for width in sorted(set(options.widths)) if width <= rows]
         with torch.inference_mode():
             memory, state = encode_batch(model, [[model.eos_id]], device)
             self.memory = memory._replace(attended=[], initial=[])
+            check_memory(model, device, rows, widths)
             recorder = recorder or CudaGraphs(device)
             self.static = {
                 width: StaticLane(
                     model, self.vocabulary, Kind(width, False, True, False),
                     Sizes(rows // width, model.max_source_length, model.max_target_length),
-                    self.memory, (state, memory.attended), recorder, tile,
+                    self.memory, (state, memory.attended), recorder, TILE,
                 )
-                for width in sorted(set(widths)) if width <= rows
+                for width in widths
             }  # fmt: skip
+            for lane in self.static.values():
+                self.settle_tiles(lane, options.tiles)
             started = time.perf_counter()
             count = sum(lane.record() for lane in self.static.values())
-            logger.info("%d steps recorded in %.1f s", count, time.perf_counter() - started)
+        pools = torch.cuda.memory_reserved(device) / 1e6 if device.type == "cuda" else 0.0
+        logger.info(
+            "%d steps recorded in %.1f s for beams of %s; %.0f MB of the device are taken",
+            count, time.perf_counter() - started, widths, pools,
+        )  # fmt: skip
+
+    def settle_tiles(self, lane: StaticLane, tiles: bool) -> None:
+        """Let a lane compute rows in tiles, where they would depend on their number else."""
+        if lane.is_invariant():
+            return
+        if tiles:
+            lane.use_tiles(True)
+            if lane.is_invariant():
+                logger.info("beams of %d: %d rows at once", lane.kind.width, TILE)
+                return
+            lane.use_tiles(False)
+        self.invariant = False
+        logger.warning(
+            "beams of %d: a sentence may depend on those beside it in its last bits",
+            lane.kind.width,
+        )
 
     def kind_of(self, sentence: Sentence) -> Kind:
         plain = Kind.of(sentence, self.vocabulary._replace(fused=True))
@@ -88,12 +130,11 @@ class CudaRunner(Runner):
         with torch.cuda.stream(self.side):
             errors = super().encode(sentences)
         main.wait_stream(self.side)
-        for one in sentences:
-            if one.id in self.encoded:
-                batch, _ = self.encoded[one.id]
-                for table in [*batch.state, *batch.attended]:
-                    table.record_stream(main)
-                break
+        first = self.encoded.get(sentences[0].id)
+        if first is not None:
+            batch, _ = first
+            for table in [*batch.state, *batch.attended]:
+                table.record_stream(main)
         return errors
 
     def run(self, steps: int, until: float = math.inf) -> Report:
@@ -132,4 +173,57 @@ class CudaRunner(Runner):
         self.leave(lane, done)
         return read or errors
 
+    def largest_memory(self, rows: int) -> int:
+        return super().largest_memory(rows) + static_bytes(self.model, rows, [*self.static])
 
+
+@torch.inference_mode()
+def static_bytes(model: Any, rows: int, widths: list[int]) -> int:
+    """Bytes of the static lanes, beside the weights, with the temporaries of their largest step:
+
+    - of each place the state, the longest source, and the board (`static_search.Board`);
+    - of each row in a step logits in two formats, and its state twice more.
+    """
+    memory, state = encode_batch(model, [[model.eos_id]], model_device(model))
+    of_state = sum(t.nbytes for t in state)
+    attended = sum(t.nbytes for t in memory.attended) * model.max_source_length
+    room = model.max_target_length + 1
+    total = 0
+    for width in widths:
+        tables = 2 if width > 1 else 1  # of tokens
+        board = 8 * (len(Fact) + 3 + width * (tables * room + 6))
+        place = width * of_state + attended + board
+        step = width * (model.target_vocabulary * (4 + state[0].element_size()) + 2 * of_state)
+        total += rows // width * (place + step)
+    return total
+
+
+def model_device(model: Any) -> torch.device:
+    found: Tensor | None = next(iter(model.parameters()), None) if hasattr(
+        model, "parameters"
+    ) else None
+    return torch.device("cpu") if found is None else found.device
+
+
+def check_memory(model: Any, device: torch.device, rows: int, widths: list[int]) -> None:
+    """Refuse rows for which a device has too little memory."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = static_bytes(model, rows, widths)
+    if needed > free:
+        raise ValueError(
+            f"handler.rows: got {rows}, which take {needed / 1e6:,.0f} MB for beams of {widths}; "
+            f"allowed: what fits into the {free / 1e6:,.0f} MB that the device has free; lower "
+            "handler.rows or name fewer handler.beams"
+        )
+
+
+def rows_for(model: Any, device: torch.device, widths: list[int], fewest: int = 64) -> int:
+    """The most rows, a power of two from `fewest` to `MOST_ROWS`, for which the device has memory
+    to spare."""
+    free, _ = torch.cuda.mem_get_info(device)
+    rows = MOST_ROWS
+    while rows > fewest and static_bytes(model, rows, widths) > SPARE * free:
+        rows //= 2
+    return rows

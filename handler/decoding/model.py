@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSIONS = (3, 4)  # from 4 on, steps on a GPU call the operators of kernels.py
 CUDNN_LSTM = 2  # cuDNN's number of this kind of network
-Weights = Literal["float32", "float16", "bfloat16"]
+Weights = Literal["auto", "float32", "float16", "bfloat16"]
+TENSOR_CORES = (7, 0)  # the least capability of a GPU that multiplies half precision fast
 # oneDNN's operators that model.pt names. A build of torch without oneDNN (macOS) has to know them
 # to load it, and never calls them.
 ONEDNN = {
@@ -82,6 +83,11 @@ def load(path: str, device: torch.device, weights: Weights | None = None) -> Any
     native.declare(ONEDNN)
     # cuDNN's LSTMs would otherwise multiply float32 as TF32, with 10 bits.
     torch.backends.cudnn.allow_tf32 = False
+    if device.type == "cuda":
+        # TorchScript's simple executor: the other one compiles kernels for sizes that it sees, while
+        # somebody waits, and what it computes then depends on which sizes came first.
+        torch._C._jit_set_profiling_executor(True)
+        torch._C._jit_set_profiling_mode(False)
     model = torch.jit.load(path, map_location=device)
     version = getattr(model, "format_version", None)
     if version not in FORMAT_VERSIONS:
@@ -123,6 +129,8 @@ def flatten(model: Any) -> None:
 
 def converted(model: Any, device: torch.device, weights: Weights | None) -> Any:
     """`model` with its weights in another number format; None leaves them as they were exported.
+    `auto` is float16 on a GPU that multiplies it fast, as its ten bits of precision are more than
+    bfloat16's seven and no value of these networks is too large for it; else as exported.
 
     Half precision is for GPUs. On a CPU the rows of a product then depend on how many are beside
     them: of the same sentences 91 % came out equal at batch 64 and at batch 1.
@@ -130,6 +138,8 @@ def converted(model: Any, device: torch.device, weights: Weights | None) -> Any:
     Raises:
         ValueError: a format that `device` or the model does not offer.
     """
+    if weights == "auto":
+        weights = automatic(model, device)
     if weights is None:
         return model
     have = {t.dtype for t in itertools.chain(model.parameters(), model.buffers())}
@@ -154,6 +164,15 @@ def converted(model: Any, device: torch.device, weights: Weights | None) -> Any:
         if isinstance(bias, Tensor) and bias.dtype != dtype:
             module.bias = bias.to(dtype)
     return model
+
+
+def automatic(model: Any, device: torch.device) -> Weights | None:
+    """What `auto` stands for."""
+    have = {t.dtype for t in itertools.chain(model.parameters(), model.buffers())}
+    if device.type != "cuda" or torch.float32 not in have or torch.int8 in have:
+        return None
+    fast = torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return "float16" if fast else None
 
 
 def packed(model: Any, device: torch.device) -> Any:

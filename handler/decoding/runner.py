@@ -1,28 +1,24 @@
 """Carries out what a scheduler plans: encodes sentences, gives them rows, makes steps.
 
 It holds lanes, memories and the model, and knows no policy. A tensor operation that raises fails
-the sentences that it was working on, which are then forgotten, and no others; `guarded` is the only
-place that handles a failure. What happened is returned, each sentence's end once.
+the sentences that it was working on, which are then forgotten, and no others: see failures.py. What
+happened is returned, each sentence's end once.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from handler.decoding.columns import LEAST_ROOM
+from handler.decoding.failures import guarded
 from handler.decoding.lane import Kind, Lane, Vocabulary
 from handler.decoding.model import encode_batch
 from handler.decoding.scheduler import ENCODED_AHEAD, Plan, Report
-from handler.decoding.sentence import Event, Sentence, failed
-
-logger = logging.getLogger(__name__)
-
-Given = TypeVar("Given")
+from handler.decoding.sentence import Event, Sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,15 +199,3 @@ def take_in(lane: Lane, batch: Encoded, places: list[int], sentences: list[Sente
         lane.add(sentences, batch.state, batch.attended)
     else:
         lane.add(sentences, [t[places] for t in batch.state], [t[places] for t in batch.attended])
-
-
-def guarded(
-    ids: Iterable[int], work: Callable[..., Given], *arguments: Any
-) -> tuple[Given | None, list[Event]]:
-    """What `work` returns; or the events of the sentences that it was working on, if it fails."""
-    try:
-        return work(*arguments), []
-    except Exception as error:
-        events = [failed(one, error) for one in ids]
-        logger.exception("decoding failed for %d sentences", len(events))
-        return None, events

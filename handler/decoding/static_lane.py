@@ -67,20 +67,23 @@ class StaticLane:
     Args:
         model: a `SequenceModel`.
         example: state [1, ...] and attended memory [1, S, ...] of some sentence, for their types.
-        tile: rows that the model computes at once; 0 for all. See `invariant`.
+        tile: rows that the model computes at once, once `use_tiles` was called; else all.
     """
 
     def __init__(
         self, model: Any, vocabulary: Vocabulary, kind: Kind, sizes: Sizes, empty: Any,
-        example: tuple[list[Tensor], list[Tensor]], recorder: Recorder, tile: int = 0,
+        example: tuple[list[Tensor], list[Tensor]], recorder: Recorder, tile: int,
     ) -> None:  # fmt: skip
         self.model = model
         self.vocabulary = vocabulary
         self.kind = kind
+        # Whole tiles, all of them of one size.
+        self.at_once = min(max(tile // kind.width, 1), sizes.sentences)
+        sizes = sizes._replace(sentences=rounded(sizes.sentences, self.at_once))
         self.sizes = sizes
         self.empty = empty
         self.recorder = recorder
-        self.tile = tile
+        self.tiled = False
         self.grid = Grid.of(sizes, kind.width)
         self.device = vocabulary.never.device
         count, width = sizes.sentences, kind.width
@@ -259,13 +262,12 @@ class StaticLane:
     def logits(
         self, previous: Tensor, state: list[Tensor], count: int, source: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """What the model says to `count` sentences, [N*K, V], and their next state; of `tile` rows
-        at once, so that no row depends on how many are beside it."""
-        width = self.kind.width
-        at_once = max(self.tile // width, 1) if self.tile else count
+        """What the model says to `count` sentences, [N*K, V], and their next state; in tiles of
+        one size, if need be, so that no row depends on how many are beside it."""
+        width, at_once = self.kind.width, self.at_once if self.tiled else count
         said, after = [], []
         for first in range(0, count, at_once):
-            places = slice(first, min(first + at_once, count))
+            places = slice(first, first + at_once)
             rows = slice(places.start * width, places.stop * width)
             memory = self.empty._replace(attended=[t[places, :source] for t in self.attended])
             logits, new, _ = self.model.step(previous[places], [t[rows] for t in state], memory)
@@ -276,6 +278,34 @@ class StaticLane:
         if len(said) == 1:
             return said[0], after[0]
         return torch.cat(said), [torch.cat(tables) for tables in zip(*after)]
+
+    def use_tiles(self, use: bool) -> None:
+        """From now on; nothing may be recorded yet."""
+        self.tiled = use
+        sizes = Grid.of(self.sizes, self.kind.width).sentences
+        if use:
+            sizes = sorted({rounded(size, self.at_once) for size in sizes})
+        self.grid = self.grid._replace(sentences=sizes)
+
+    @torch.inference_mode()
+    def is_invariant(self) -> bool:
+        """Whether logits of the first place are the same bits, however many places are computed
+       . Nobody may be there."""
+        seed = torch.Generator().manual_seed(1)
+        for table in [*self.state, *self.attended]:
+            if table.is_floating_point():
+                table.copy_(torch.randn(table.shape, generator=seed))
+            else:
+                table.fill_(True)
+        width, first = self.kind.width, None
+        for count in self.grid.sentences:
+            previous = self.board.columns.previous[:count]
+            state = [t[: count * width] for t in self.state]
+            logits, _ = self.logits(previous, state, count, self.grid.sources[0])
+            first = logits[:width].clone() if first is None else first
+            if not torch.equal(first, logits[:width]):
+                return False
+        return True
 
     # What is known
 
@@ -298,6 +328,11 @@ class StaticLane:
             return []
         place = known.place[sentence]
         return committed(known.board.columns, place, int(known.board.made[place]))
+
+
+def rounded(size: int, by: int) -> int:
+    """Up to a multiple."""
+    return -(-size // by) * by
 
 
 def score_type(state: list[Tensor]) -> torch.dtype:
