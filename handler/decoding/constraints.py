@@ -4,8 +4,7 @@ A constraint sees the logits of all sentences of a lane and changes those of the
 for it. To add one: a field in options.py, a class here, a place in `CONSTRAINTS`, a test.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,22 +14,28 @@ from handler.decoding.sentence import Sentence
 NEVER = float("-inf")
 
 
-class Heard(NamedTuple):
-    """What N sentences of K hypotheses have said so far.
+class Heard(Protocol):
+    """What N sentences of K hypotheses have said so far; each is made when it is asked for."""
 
-    made: int64 [N], tokens. write: gives them, int64 [N, K, T], of which T - made are nothing yet.
-    due: int64 [N], the token of the prefix that comes now, -1 where there is none; None where no
-        sentence has one.
-    """
+    @property
+    def eos(self) -> int: ...
 
-    made: Tensor
-    write: Callable[[], Tensor]
-    due: Tensor | None
-    eos: int
+    def made(self) -> Tensor:
+        """int64 [N]: tokens."""
+        ...
 
-    def free(self) -> Tensor | None:
-        """bool [N, 1, 1]: where the next token is not a prefix's."""
-        return None if self.due is None else (self.due < 0).view(-1, 1, 1)
+    def said(self) -> Tensor:
+        """int64 [N, K, T]: these, of which T - made are nothing yet."""
+        ...
+
+    def short(self) -> Tensor | None:
+        """bool [N, 1]: who must not end yet; None where all may."""
+        ...
+
+    def due(self) -> Tensor | None:
+        """int64 [N]: the token of the prefix that comes now, -1 where there is none; None where no
+        sentence has a prefix."""
+        ...
 
 
 class Constraint(Protocol):
@@ -64,9 +69,9 @@ class RepetitionPenalty:
 
     def apply(self, logits: Tensor, asked: Tensor, heard: Heard) -> Tensor:
         penalty = asked[:, :1].unsqueeze(2).to(logits.dtype)  # [N, 1, 1]
-        tokens = heard.write()
+        tokens = heard.said()
         place = torch.arange(tokens.size(2), device=logits.device)
-        seen = marked(logits, tokens, place < heard.made.view(-1, 1, 1))
+        seen = marked(logits, tokens, place < heard.made().view(-1, 1, 1))
         changed = torch.where(logits > 0, logits / penalty, logits * penalty)
         return torch.where(seen & (penalty > 0), changed, logits)
 
@@ -81,7 +86,7 @@ class NoRepeatNgram:
         return [float(size)] if size else []
 
     def apply(self, logits: Tensor, asked: Tensor, heard: Heard) -> Tensor:
-        made, tokens, free = heard.made.view(-1, 1, 1), heard.write(), heard.free()
+        made, tokens, due = heard.made().view(-1, 1, 1), heard.said(), heard.due()
         for size in sorted({int(size) for size in asked[:, 0].unique().tolist()} - {0}):
             if tokens.size(2) < size:
                 continue
@@ -91,8 +96,8 @@ class NoRepeatNgram:
             first = torch.arange(ngrams.size(2), device=logits.device)
             again = (ngrams[..., :-1] == begun.unsqueeze(2)).all(3) & (first + size <= made)
             again = again & (asked[:, :1] == size).unsqueeze(2)
-            if free is not None:
-                again = again & free
+            if due is not None:
+                again = again & (due < 0).view(-1, 1, 1)
             logits.masked_fill_(marked(logits, ngrams[..., -1], again), NEVER)
         return logits
 
@@ -107,8 +112,9 @@ class MinimumLength:
         return [float(least)] if least else []
 
     def apply(self, logits: Tensor, asked: Tensor, heard: Heard) -> Tensor:
-        short = heard.made < asked[:, 0]  # [N]
-        logits[:, :, heard.eos].masked_fill_(short.unsqueeze(1), NEVER)
+        short = heard.short()
+        if short is not None:
+            logits[:, :, heard.eos].masked_fill_(short, NEVER)
         return logits
 
 
@@ -120,16 +126,17 @@ class Prefix:
     def asked(self, sentence: Sentence) -> list[float]:
         return [float(token + 1) for token in sentence.prefix]
 
-    def due(self, asked: Tensor, made: Tensor) -> Tensor:
+    def next(self, asked: Tensor, made: Tensor) -> Tensor:
         """int64 [N]: the token that comes after `made` ones, -1 where there is none."""
         place = made.clamp(max=asked.size(1) - 1).unsqueeze(1)
         token = asked.gather(1, place).squeeze(1).long() - 1
         return token.masked_fill(made >= asked.size(1), -1)
 
     def apply(self, logits: Tensor, asked: Tensor, heard: Heard) -> Tensor:
-        if heard.due is None:
+        token = heard.due()
+        if token is None:
             return logits
-        due = heard.due.view(-1, 1, 1)
+        due = token.view(-1, 1, 1)
         place = due.clamp(min=0).expand(-1, logits.size(1), -1)  # [N, K, 1]
         alone = torch.full_like(logits, NEVER).scatter_(2, place, logits.gather(2, place))
         return torch.where(due >= 0, alone, logits)

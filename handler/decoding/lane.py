@@ -23,7 +23,7 @@ from handler.decoding.columns import (
     closed,
     fitted,
 )
-from handler.decoding.constraints import CONSTRAINTS, PREFIX, Heard
+from handler.decoding.constraints import CONSTRAINTS, PREFIX, Constraint
 from handler.decoding.reading import answers, committed
 from handler.decoding.rows import Moves, Reserve, sent
 from handler.decoding.sampling import draw
@@ -99,6 +99,7 @@ class Lane:
     columns: Columns
     attended: Reserve
     memory: Any
+    ways: list[tuple[Constraint, Tensor]]  # what any sentence asks for
 
     def __init__(self, model: Any, vocabulary: Vocabulary, kind: Kind, empty: Any) -> None:
         self.model = model
@@ -110,11 +111,12 @@ class Lane:
         self.place: dict[int, int] = {}  # by id, who came first before
         self.began: dict[int, int] = {}  # on the clock, by id
         self.vacant: list[int] = []  # places whose sentence has left
-        self.due: dict[int, list[int]] = {}  # ids, by the clock at which they are long enough
+        self.long: dict[int, list[int]] = {}  # ids, by the clock at which they are long enough
         self.sources: Counter[int] = Counter()  # sentences by the length of their source
         self.asking = [0] * len(CONSTRAINTS)  # sentences that ask for each
         self.scored = 0  # sentences of which log probabilities are needed
-        self.short_until = 0  # on the clock: nobody must not end from then on
+        self.frees: Counter[int] = Counter()  # sentences, by the clock from which on they may end
+        self.held: Tensor | None = None  # see `short`
         self.full = True  # whether every sentence has all K hypotheses
         self.limited = False  # whether a finished hypothesis may have made any hopeless
         self.state: list[Tensor] = []  # [N*K, ...]
@@ -162,8 +164,9 @@ class Lane:
             self.place[one.id] = place
             self.began[one.id] = self.clock
             self.count(one, 1)
-            self.due.setdefault(self.clock + one.max_length, []).append(one.id)
-            self.short_until = max(self.short_until, self.clock + one.options.min_length)
+            self.long.setdefault(self.clock + one.max_length, []).append(one.id)
+            if one.options.min_length:
+                self.frees[self.clock + one.options.min_length] += 1
 
     def new(self, sentences: Sequence[Sentence], state: list[Tensor]) -> Columns:
         return begun(
@@ -229,8 +232,9 @@ class Lane:
         if self.vacant:
             self.close_up()
         if self.stale:
-            self.memory = self.empty._replace(attended=self.attended.live(max(self.sources)))
-            self.stale = False
+            self.refresh()
+        elif self.clock in self.frees:
+            self.hold()
         state, width = self.state, self.kind.width
         if width > 1:
             parents = self.columns.parents
@@ -246,14 +250,31 @@ class Lane:
         ended = self.choose_one(offer) if width == 1 else self.choose_many(offer)
         self.clock += 1
         ids = [self.sentences[place].id for place in ended]
-        long = [one for one in self.due.pop(self.clock, ()) if one in self.place]
+        long = [one for one in self.long.pop(self.clock, ()) if one in self.place]
         return list(dict.fromkeys([*ids, *long])) if long else ids
+
+    def refresh(self) -> None:
+        """Look again at who is there."""
+        self.memory = self.empty._replace(attended=self.attended.live(max(self.sources)))
+        self.ways = [
+            (way, self.columns.asked[i]) for i, way in enumerate(CONSTRAINTS) if self.asking[i]
+        ]
+        self.hold()
+        self.stale = False
+
+    def hold(self) -> None:
+        """Find out who must not end yet."""
+        self.held = None
+        if self.frees and max(self.frees) > self.clock:
+            self.held = (self.columns.fact(Fact.FREE) > self.clock).unsqueeze(1)
+        for clock in [one for one in self.frees if one <= self.clock]:
+            del self.frees[clock]
 
     def choose_one(self, offer: Offer) -> list[int]:
         """Go on with the tokens that are offered; the places of those that do not."""
         scores, tokens = single(self.columns, offer)
         self.log.append(Said(tokens, None))
-        self.columns = dataclasses.replace(self.columns, previous=tokens, scores=scores)
+        self.columns.previous, self.columns.scores = tokens, scores
         ends = tokens == self.vocabulary.eos
         if math.isfinite(scores.masked_fill(ends, NEVER).sum().item()):
             return []
@@ -304,48 +325,48 @@ class Lane:
     def chosen(self, state: list[Tensor], count: int) -> tuple[Offer, list[Tensor]]:
         """The same of a model that chooses itself: one more token where EOS may be among them and
         must not."""
-        scored, short = self.scored > 0, self.clock < self.short_until
-        more = count + 1 if short else count
+        scored, short = self.scored > 0, self.held
+        more = count if short is None else count + 1
         values, tokens, normaliser, state, paid = self.model.best(
             self.columns.previous, state, self.memory, more, scored
         )
-        if short:
-            where = self.columns.fact(Fact.FREE) > self.clock
-            values, tokens = without(self.vocabulary.eos, where, values, tokens)
+        if short is not None:
+            values, tokens = without(self.vocabulary.eos, short, values, tokens)
         return Offer(values, tokens, normaliser if scored else None, paid), state
 
     def allowed(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
         """The normaliser [N, K] of what the model says, where anything is scored; and logits
         [N, K, V] with what no sentence may become at -inf."""
-        ways = [
-            (way, self.columns.asked[i])
-            for i, way in enumerate(CONSTRAINTS)
-            if self.asking[i]
-        ]
-        heard = self.heard() if ways else None
         if self.vocabulary.shortlisted:
             some = self.model.allowed(self.memory)  # [N, V]
-            if heard is not None and heard.due is not None:
-                due = heard.due.unsqueeze(1)
-                named = due.clamp(min=0)
-                some = some.scatter(1, named, some.gather(1, named) | (due >= 0))
+            due = self.due()
+            if due is not None:
+                named = due.clamp(min=0).unsqueeze(1)
+                some = some.scatter(1, named, some.gather(1, named) | (due >= 0).unsqueeze(1))
             logits.masked_fill_(~some.unsqueeze(1), NEVER)
         logits.index_fill_(2, self.vocabulary.never, NEVER)
-        for way, asked in ways:
-            if way.probable and heard is not None:
-                logits = way.apply(logits, asked, heard)
+        for way, asked in self.ways:
+            if way.probable:
+                logits = way.apply(logits, asked, self)
         normaliser = normalisers(logits) if self.scored else None
-        for way, asked in ways:
-            if not way.probable and heard is not None:
-                logits = way.apply(logits, asked, heard)
+        for way, asked in self.ways:
+            if not way.probable:
+                logits = way.apply(logits, asked, self)
         return normaliser, logits
 
-    def heard(self) -> Heard:
-        """What constraints look at."""
-        made, due = self.made(), None
-        if self.asking[PREFIX_PLACE]:
-            due = PREFIX.due(self.columns.asked[PREFIX_PLACE], made)
-        return Heard(made, self.said, due, self.vocabulary.eos)
+    # What constraints look at
+
+    @property
+    def eos(self) -> int:
+        return self.vocabulary.eos
+
+    def short(self) -> Tensor | None:
+        return self.held
+
+    def due(self) -> Tensor | None:
+        if not self.asking[PREFIX_PLACE]:
+            return None
+        return PREFIX.next(self.columns.asked[PREFIX_PLACE], self.made())
 
     def made(self) -> Tensor:
         """int64 [N]: the tokens that sentences have."""

@@ -84,8 +84,8 @@ def load(path: str, device: torch.device, weights: Weights | None = None) -> Any
     # cuDNN's LSTMs would otherwise multiply float32 as TF32, with 10 bits.
     torch.backends.cudnn.allow_tf32 = False
     if device.type == "cuda":
-        # TorchScript's simple executor: the other one compiles kernels for sizes that it sees, while
-        # somebody waits, and what it computes then depends on which sizes came first.
+        # TorchScript's simple executor: the other one compiles kernels for sizes that it sees,
+        # while somebody waits, and what it computes then depends on which sizes came first.
         torch._C._jit_set_profiling_executor(True)
         torch._C._jit_set_profiling_mode(False)
     model = torch.jit.load(path, map_location=device)
