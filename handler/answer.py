@@ -7,6 +7,7 @@ from typing import Any
 
 from handler.decoding import Event, Result
 from handler.decoding.sentence import NO_TOKEN
+from handler.pieces import Work, at_once
 from handler.request import Refusal, RequestOptions, TranslationRequest
 from handler.sentences import Segment, join
 from handler.tokenizer import Tokenizer
@@ -37,7 +38,8 @@ def prefixed(
 
 @dataclass(frozen=True)
 class Narrator:
-    """Tells decoded tokens as text, in the shape that the options of a request ask for.
+    """Tells decoded tokens as text, in the shape that the options of a request ask for; piece by
+    piece, as an answer may have thousands of sentences.
 
     Args:
         model: name and version, told in every answer.
@@ -49,7 +51,7 @@ class Narrator:
 
     def answer(
         self, request: TranslationRequest, parts: list[Part], ended: dict[int, Event]
-    ) -> dict[str, Any]:
+    ) -> Work[dict[str, Any]]:
         """The whole answer, once all sentences have ended.
 
         Raises:
@@ -60,7 +62,9 @@ class Narrator:
             raise Refusal(400, "InvalidOption", failed)
         if failed is not None:
             raise Refusal(500, "DecodingFailed", failed)
-        translations = [self.translations(one, ended, request.options) for one in parts]
+        translations = []
+        for one in parts:
+            translations.append((yield from self.translated(one, ended, request.options)))
         usage = {
             "source_tokens": sum(len(s) for one in parts for s in one.sources),
             "target_tokens": sum(len(r.tokens) for e in ended.values() for r in e.results),
@@ -70,31 +74,45 @@ class Narrator:
     def translations(
         self, part: Part, ended: dict[int, Event], options: RequestOptions
     ) -> list[dict[str, Any]]:
+        """See `translated`."""
+        return at_once(self.translated(part, ended, options))
+
+    def translated(
+        self, part: Part, ended: dict[int, Event], options: RequestOptions
+    ) -> Work[list[dict[str, Any]]]:
         """The n best of one text: of its sentences the best together, then the second best, ..."""
         found = [
             ended[one].results if one is not None else [Result([], "eos", 0.0, 0.0, [])]
             for one in part.sentences
         ]
         count = max((len(results) for results in found), default=1)
-        return [
-            self.told(part, [results[min(rank, len(results) - 1)] for results in found], options)
-            for rank in range(count)
-        ]
+        best = []
+        for rank in range(count):
+            chosen = [results[min(rank, len(results) - 1)] for results in found]
+            best.append((yield from self.told(part, chosen, options)))
+        return best
 
     def told(
         self, part: Part, results: list[Result], options: RequestOptions
-    ) -> dict[str, Any]:
+    ) -> Work[dict[str, Any]]:
         """One translation of a text, from one result for each of its sentences."""
-        texts = [self.target.decode(one.tokens) for one in results]
+        texts = []
+        for one in results:
+            texts.append(self.target.decode(one.tokens))
+            yield
         told: dict[str, Any] = {"text": join(part.segments, texts)}
         if options.return_scores:
             told["score"] = round(sum((one.score or 0.0 for one in results), 0.0), 4)
         if options.return_tokens:
-            told["tokens"] = [p for one in results for p in self.target.pieces(one.tokens)]
+            told["tokens"] = []
+            for one in results:
+                told["tokens"] += self.target.pieces(one.tokens)
+                yield
         if options.return_alignments:
-            told["alignment"] = [
-                self.aligned(source, one) for source, one in zip(part.sources, results)
-            ]
+            told["alignment"] = []
+            for source, one in zip(part.sources, results):
+                told["alignment"].append(self.aligned(source, one))
+                yield
         reasons = {one.finish_reason for one in results} or {"eos"}
         told["finish_reason"] = max(reasons, key=GRAVEST_LAST.index)
         return told
@@ -118,6 +136,8 @@ class Stream:
         self.spoken = [[i for i, one in enumerate(p.segments) if one.text] for p in parts]
         self.whole: list[list[str]] = [[] for _ in parts]  # of sentences that ended, in order
         self.growing = [""] * len(parts)  # of the first that has not
+        self.read = [0] * len(parts)  # tokens of it
+        self.unfinished = dict.fromkeys(range(len(parts)))  # texts of which more may come
         self.sent = [""] * len(parts)
         self.opened = False
 
@@ -128,7 +148,7 @@ class Stream:
             committed: tells the tokens that are decided of a sentence that has not ended; asked of
                 the first such sentence of each text.
         """
-        for index in range(len(self.parts)):
+        for index in list(self.unfinished):
             if not self.grow(index, ended, committed):
                 continue
             text, sent = self.decided(index), self.sent[index]
@@ -144,11 +164,15 @@ class Stream:
             sentence = sentences[len(whole)]
             if sentence is not None and sentence not in ended:
                 tokens = committed(sentence)
-                self.growing[index] = self.target.decode(tokens[: self.target.settled(tokens)])
+                if len(tokens) > self.read[index]:  # or they are those of the last call
+                    settled = tokens[: self.target.settled(tokens)]
+                    self.read[index], self.growing[index] = len(tokens), self.target.decode(settled)
                 break
             results = ended[sentence].results if sentence is not None else []
             whole.append(self.target.decode(results[0].tokens) if results else "")
-            self.growing[index] = ""
+            self.read[index], self.growing[index] = 0, ""
+        if len(whole) == len(self.spoken[index]):
+            del self.unfinished[index]
         return (len(whole), self.growing[index]) != before
 
     def decided(self, index: int) -> str:

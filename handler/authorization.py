@@ -2,16 +2,26 @@
 
 Several files are several tokens that are valid at once. To replace one: add the new, let clients
 change, take the old one out. The folder is looked at again while the service runs.
+
+The first line of a file is the token; further ones may say what its client may have, see `Terms`:
+
+    0123456789abcdef
+    share: 2
+    most_waiting: 1000
 """
 
 import hashlib
 import hmac
+import json
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from handler.fields import read
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +34,29 @@ _BEARER = re.compile(rf"bearer +({_TOKEN})", re.IGNORECASE)  # the scheme's case
 
 State = list[tuple[str, int, int, int, int]]
 
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client may have, a line `name: value` each of its token's file.
+
+    share: of decoding beside others: one with 2 has twice the rows of one with 1, while both wait.
+    most_waiting: sentences that may wait for rows; requests beyond get 429. Null: as many as all
+        together may.
+    """
+
+    share: float = field(default=1.0, metadata={"minimum": 0.01, "maximum": 100.0})
+    most_waiting: int | None = field(default=None, metadata={"minimum": 1})
+
+
+@dataclass(frozen=True)
+class Client:
+    """Whoever shows a token; `name` is its file's. Without tokens all are one client."""
+
+    name: str = ""
+    terms: Terms = Terms()
+
+
+ANYBODY = Client()
 
 class Tokens:
     """The tokens that are valid now.
@@ -43,8 +76,8 @@ class Tokens:
         self.clock = clock
         self.looked = clock()
         self.state = self.seen()
-        self.digests = list(self.read(self.state, strict=True))
-        if not self.digests:
+        self.clients = list(self.read(self.state, strict=True))  # by the digest of its token
+        if not self.clients:
             raise ValueError(
                 f"{VARIABLE}: got {str(folder)!r}; allowed: a folder with a token in each file, "
                 "which this one does not have; unset it to serve everybody"
@@ -59,8 +92,8 @@ class Tokens:
             raise ValueError(f"{VARIABLE}: got ''; allowed: a folder of tokens, or not set at all")
         return None if name is None else cls(Path(name))
 
-    def admit(self, headers: Sequence[str]) -> bool:
-        """Whether a request with these values of `Authorization` shows a valid token.
+    def admit(self, headers: Sequence[str]) -> Client | None:
+        """Whose valid token a request with these values of `Authorization` shows, if one.
 
         Two of them are a request that proxies may read differently, and none is admitted.
         """
@@ -68,8 +101,8 @@ class Tokens:
         found = _BEARER.fullmatch(headers[0].strip()) if len(headers) == 1 else None
         given = digest(found[1] if found else "")  # of no token: all have characters
         # All are compared, whichever is equal: the time that takes tells nothing of them.
-        equal = [hmac.compare_digest(given, one) for one in self.digests]
-        return any(equal)
+        equal = [hmac.compare_digest(given, one) for one, _ in self.clients]
+        return next((client for same, (_, client) in zip(equal, self.clients) if same), None)
 
     def renew(self) -> None:
         """Read the tokens again where the folder has changed, with a look once in `INTERVAL`."""
@@ -79,9 +112,9 @@ class Tokens:
         self.looked = now
         state = self.seen()
         if state != self.state:
+            self.clients = list(self.read(state, strict=False))
             self.state = state
-            self.digests = list(self.read(state, strict=False))
-            logger.warning("%d tokens are valid now", len(self.digests))
+            logger.warning("%d tokens are valid now", len(self.clients))
 
     def seen(self) -> State:
         """What tells whether the files are those that were read; links are followed."""
@@ -100,24 +133,58 @@ class Tokens:
             found.append((name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns))
         return found
 
-    def read(self, state: State, strict: bool) -> Iterator[bytes]:
-        """A digest of each token. What is no token is an error, or left out where not `strict`:
-        the others, and that one of them was taken out, hold nevertheless."""
+    def read(self, state: State, strict: bool) -> Iterator[tuple[bytes, Client]]:
+        """A digest of each token, and whose it is. What is no token is an error, or left out where
+        not `strict`: the others, and that one of them was taken out, hold nevertheless."""
         for name, *_ in state:
-            path = self.folder / name
             try:
-                token = path.read_bytes().decode("ascii", "replace").rstrip("\r\n")
-                if len(token) < SHORTEST or not re.fullmatch(_TOKEN, token):
-                    raise ValueError(
-                        f"{VARIABLE}: {name} has {len(token)} characters; allowed: at least "
-                        f"{SHORTEST}, of letters, digits and '._~+/-'"
-                    )
+                content = (self.folder / name).read_bytes()
+                found = of_file(name, content.decode("ascii", "replace"))
             except (OSError, ValueError) as error:
                 if strict:
                     raise ValueError(str(error)) from error
                 logger.error("a token is left out: %s", error)
             else:
-                yield digest(token)
+                yield found
+
+
+def of_file(name: str, content: str) -> tuple[bytes, Client]:
+    """The digest of the token in a file, and its client.
+
+    Raises:
+        ValueError: the file is not as it should be. The message does not tell what could be a
+            token.
+    """
+    token, *lines = [line.rstrip("\r") for line in content.split("\n")]
+    if len(token) < SHORTEST or not re.fullmatch(_TOKEN, token):
+        raise ValueError(
+            f"{VARIABLE}: {name} has {len(token)} characters; allowed: at least {SHORTEST}, of "
+            "letters, digits and '._~+/-'"
+        )
+    given: dict[str, object] = {}
+    for number, line in enumerate(lines, 2):
+        if not line.strip():
+            continue
+        key, colon, words = line.partition(":")
+        key = key.strip()
+        if not colon or key in given:
+            raise ValueError(
+                f"{VARIABLE}: {name}: line {number} has {len(line)} characters; allowed: lines "
+                "'share: NUMBER' and 'most_waiting: NUMBER', each once"
+            )
+        given[key] = value_in(words.strip())
+    try:
+        return digest(token), Client(name, read(Terms, given, name))
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE}: {error}") from None
+
+
+def value_in(words: str) -> object:
+    """A number or null as JSON has it; anything else as it is, for an error that names it."""
+    try:
+        return json.loads(words)
+    except (ValueError, RecursionError):
+        return words
 
 
 def digest(token: str) -> bytes:

@@ -81,6 +81,12 @@ def value_of(
         if not isinstance(given, str) or given not in inner:
             raise wrong
         return given
+    if origin is tuple:  # of any length
+        if not isinstance(given, (list, tuple)):
+            raise wrong
+        return tuple(
+            value_of(inner[0], one, limits, f"{where}[{i}]") for i, one in enumerate(given)
+        )
     if dataclasses.is_dataclass(hint):
         return read(typing.cast(type, hint), given, where)
     if hint is float and isinstance(given, int) and not isinstance(given, bool):
@@ -112,6 +118,8 @@ def allowed(hint: Any, limits: Mapping[str, Any]) -> str:
         return " or ".join("null" if h is type(None) else allowed(h, limits) for h in inner)
     if origin is Literal:
         return " or ".join(repr(choice) for choice in inner)
+    if origin is tuple:
+        return f"a list, each of it {allowed(inner[0], limits)}"
     if dataclasses.is_dataclass(hint):
         return "a mapping with " + ", ".join(f.name for f in dataclasses.fields(hint))
     if hint is bool:

@@ -59,12 +59,30 @@ class Metrics:
             self._counts[f"{name}_count", (), ()] += times
 
     def tell(self, sink: Sink, gauges: dict[str, float]) -> None:
-        """Give `sink` what was counted since the last call, and the gauges that have changed."""
+        """Give `sink` what was counted since the last call, and the gauges that have changed.
+
+        Raises:
+            Exception: the first that `sink` raised. All others have been told nevertheless; what
+                was not is counted again, and told the next time.
+        """
         with self._lock:
             counts, self._counts = self._counts, defaultdict(float)
-        for (name, labels, values), value in counts.items():
-            sink(PREFIX + name, "counter", labels, values, value)
+        problem: Exception | None = None
+        for series, value in counts.items():
+            name, labels, values = series
+            try:
+                sink(PREFIX + name, "counter", labels, values, value)
+            except Exception as error:
+                problem = problem or error
+                with self._lock:
+                    self._counts[series] += value
         for name, value in gauges.items():
             if self._told.get(name) != value:
-                self._told[name] = value
-                sink(PREFIX + name, "gauge", (), (), value)
+                try:
+                    sink(PREFIX + name, "gauge", (), (), value)
+                except Exception as error:
+                    problem = problem or error
+                else:
+                    self._told[name] = value
+        if problem is not None:
+            raise problem

@@ -1,13 +1,16 @@
 """Brings what the service counts to TorchServe's Prometheus endpoint, from a thread of its own."""
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
 from handler.metrics import FROM_START, INTERVAL, Kind
 from handler.service import Service
+
+logger = logging.getLogger(__name__)
 
 CEASED = 2.0  # seconds without a call after which no client can be waiting
 
@@ -57,15 +60,34 @@ class TorchServeSink:
         self.known[name].add_or_update(value, dimensions)
 
 
-def report(service: Service, calls: Calls, metrics: Any) -> None:
-    """Tell TorchServe what was counted, once in `INTERVAL`, for ever."""
-    sink = TorchServeSink(metrics, service.narrator.model)
+def report(
+    service: Service, calls: Calls, metrics: Any, sleep: Callable[[float], None] = time.sleep
+) -> None:
+    """Tell TorchServe what was counted, once in `INTERVAL`, for ever. What cannot be told is told
+    later; the log says so once, and again when it can."""
     for name, labels in FROM_START:
         service.metrics.count(name, 0, **labels)
+    sink = None
+    failing = False
     while True:
-        time.sleep(INTERVAL)
-        gauges = service.gauges()
-        if calls.have_ceased():
-            # The last client left without a word, and its request is forgotten at the next call.
-            gauges = dict.fromkeys(gauges, 0.0) | {"row_capacity": gauges["row_capacity"]}
-        service.metrics.tell(sink, gauges)
+        sleep(INTERVAL)
+        try:
+            sink = sink or TorchServeSink(metrics, service.narrator.model)
+            service.metrics.tell(sink, now_told(service, calls))
+        except Exception:
+            if not failing:
+                logger.exception("metrics could not be told; they are counted until they can be")
+            failing = True
+        else:
+            if failing:
+                logger.warning("metrics are told again")
+            failing = False
+
+
+def now_told(service: Service, calls: Calls) -> dict[str, float]:
+    """The gauges. If the last client left without a word, its request is forgotten at the next
+    call only."""
+    gauges = service.gauges()
+    if calls.have_ceased():
+        return dict.fromkeys(gauges, 0.0) | {"row_capacity": gauges["row_capacity"]}
+    return gauges

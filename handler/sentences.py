@@ -8,6 +8,7 @@ harm, half a sentence is lost. The rules are in the spirit of Unicode's sentence
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
@@ -74,6 +75,11 @@ class Segment:
 
 
 def split(text: str) -> list[Segment]:
+    """The sentences of `text`; see `segments_of`."""
+    return list(segments_of(text))
+
+
+def segments_of(text: str) -> Iterator[Segment]:
     """The sentences of `text`; a line break always ends one. The time is linear in its length.
 
     Laws, for any text at all:
@@ -81,17 +87,15 @@ def split(text: str) -> list[Segment]:
         no s.text begins or ends with white space, or has a line break in it
         split(s.text) == [Segment(s.text, "")] where s.text is not empty
     """
-    segments = []
     start = 0
     for found in END.finditer(text):
         gap_start, end = found.start("gap" if found["marks"] else "space"), found.end()
         outermost = gap_start == 0 or end == len(text)
         if outermost or LINE_BREAK.search(text, gap_start, end) or ends_sentence(found):
-            segments.append(Segment(text[start:gap_start], text[gap_start:end]))
+            yield Segment(text[start:gap_start], text[gap_start:end])
             start = end
     if start < len(text):
-        segments.append(Segment(text[start:], ""))
-    return segments
+        yield Segment(text[start:], "")
 
 
 def join(segments: list[Segment], translations: list[str]) -> str:

@@ -19,15 +19,20 @@ from typing import Any
 
 import torch
 
-from handler.authorization import Tokens
+from handler import buffered_reader
+from handler.admission import Incoming
+from handler.authorization import ANYBODY, Tokens
 from handler.decoding import Engine, native
-from handler.decoding.model import load
+from handler.decoding.cuda_runner import CudaOptions, rows_for
+from handler.decoding.failures import DeviceLost
+from handler.decoding.model import load, weight_type
+from handler.doors import Native
 from handler.fields import read
 from handler.integrity import verify_digests
 from handler.logs import set_up
 from handler.reporting import Calls, report
 from handler.request import Refusal, door_of
-from handler.service import Incoming, Reply, Service
+from handler.service import Reply, Service, internal_error, refused
 from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
 
@@ -49,6 +54,7 @@ class Seq2SeqHandler:
                 is not as it should be; TorchServe then never reports the worker ready.
         """
         set_up()
+        buffered_reader.install()
         self.tokens = Tokens.named()
         show_devices()
         folder = Path(ctx.system_properties["model_dir"])
@@ -77,13 +83,21 @@ class Seq2SeqHandler:
                 f"with {(model.source_vocabulary, model.target_vocabulary)}: train, export and "
                 "build the archive again"
             )
+        rows = options.rows or rows_for(model, device, options.beams)
+        cuda = CudaOptions(options.beams, options.batch_invariance)
+        engine = Engine(model, rows, device, cuda=cuda)
+        weights = number_format(model.card, weight_type(model), device)
         self.service = Service(
-            Engine(model, options.rows, device),
+            engine,
             source,
             target,
             described["modelName"],
             described["modelVersion"],
             options,
+            serving={
+                "device": str(device), "weights": weights, "rows": rows,
+                "batch_invariant": engine.invariant,
+            },
         )
         times.append(time.perf_counter())
         self.service.warm_up()
@@ -92,50 +106,85 @@ class Seq2SeqHandler:
         threading.Thread(
             target=report, args=(self.service, self.calls, ctx.metrics), daemon=True
         ).start()
-        largest = self.service.engine.largest_memory() / 1e6
+        largest = engine.largest_memory() / 1e6
         logger.info(
             "ready on %s, %s, with %d rows: at most %.0f MB for decoding; "
             "digests %.2f s, model %.2f s, warm-up %.2f s",
-            device, number_format(model.card, options, device), options.rows, largest,
+            device, weights, rows, largest,
             *(b - a for a, b in pairwise(times)),
         )
 
     def handle(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
         """One round; see `Service.round`. Never raises: that would reset every client."""
-        with self.calls:
-            return self.answered(data, ctx)
+        try:
+            with self.calls:
+                return self.answered(data, ctx)
+        except DeviceLost as error:
+            # TorchServe starts another worker, and until then nothing is ready.
+            logger.critical("the device is lost, and this worker ends: %s", error)
+            logging.shutdown()
+            os._exit(1)
 
     def answered(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
         live = [self.incoming(i, one, ctx) for i, one in enumerate(data)]
-        replies = self.service.round(live)
-        for i, reply in enumerate(replies):
+        told = [self.told(i, one, ctx) for i, one in enumerate(self.service.round(live))]
+        ctx.stopping_criteria = [criterion(reply) for reply in told]
+        return ["" if reply is None else reply.body for reply in told]
+
+    def told(self, i: int, reply: Reply | None, ctx: Any) -> Reply | None:
+        """Tell TorchServe what becomes of request `i`. Where that fails, it becomes an error."""
+        try:
             if reply is None:
                 del ctx.request_ids[i]
             else:
-                ctx.set_response_status(reply.status, HTTPStatus(reply.status).phrase, i)
-                ctx.set_response_content_type(i, reply.content_type)
-                if reply.status == HTTPStatus.UNAUTHORIZED:
-                    ctx.set_response_header(i, "WWW-Authenticate", "Bearer")
-                if reply.retry_after is not None:
-                    ctx.set_response_header(i, "Retry-After", str(reply.retry_after))
-        ctx.stopping_criteria = [criterion(reply) for reply in replies]
-        return ["" if reply is None else reply.body for reply in replies]
+                tell(i, reply, ctx)
+            return reply
+        except Exception:
+            logger.exception("TorchServe could not be told of a reply")
+        if reply is not None and reply.kind != "whole":
+            return reply  # of a stream, for which TorchServe's own status is right
+        error = refused(internal_error(), Native())
+        with contextlib.suppress(Exception):
+            tell(i, error, ctx)
+        return error
 
     def incoming(self, i: int, one: dict[str, Any], ctx: Any) -> Incoming:
-        """Request `i`; TorchServe repeats it at every call, and it is read at the first."""
-        name = ctx.get_request_id(i)
-        if name in self.service.pending:
-            return Incoming(name)
+        """Request `i`; TorchServe repeats it at every call, and it is read at the first. One that
+        cannot be read is refused."""
+        name = f"request {i}, whose id could not be read"
+        try:
+            name = ctx.get_request_id(i)
+            return self.service.known.get(name) or self.new(i, name, one, ctx)
+        except Exception:
+            logger.exception("a request could not be read")
+            return Incoming(name, refusal=internal_error())
+
+    def new(self, i: int, name: str, one: dict[str, Any], ctx: Any) -> Incoming:
         body = one.get("body", one.get("data"))
-        if self.tokens is not None and not self.tokens.admit(headers(ctx, i, "authorization")):
-            return Incoming(name, refusal=unauthorized(body))
+        client = ANYBODY
+        if self.tokens is not None:
+            found = self.tokens.admit(headers(ctx, i, "authorization"))
+            if found is None:
+                return Incoming(name, refusal=unauthorized(body))
+            client = found
         return Incoming(
             name,
             header(ctx, i, "url_path"),
             header(ctx, i, "content-type"),
             body,
             header(ctx, i, "explain").lower() == "true",
+            client=client,
         )
+
+
+def tell(i: int, reply: Reply, ctx: Any) -> None:
+    """Status and headers of the reply to request `i`."""
+    ctx.set_response_status(reply.status, HTTPStatus(reply.status).phrase, i)
+    ctx.set_response_content_type(i, reply.content_type)
+    if reply.status == HTTPStatus.UNAUTHORIZED:
+        ctx.set_response_header(i, "WWW-Authenticate", "Bearer")
+    if reply.retry_after is not None:
+        ctx.set_response_header(i, "Retry-After", str(reply.retry_after))
 
 
 def unauthorized(body: object) -> Refusal:
@@ -151,11 +200,11 @@ def show_devices() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
 
 
-def number_format(card: str, options: ServiceOptions, device: torch.device) -> str:
-    """What the weights are in; a warning where that is much slower than it could be."""
-    weights = options.weights or json.loads(card).get("weights", "float32")
-    if weights != "int8":
-        return str(weights)
+def number_format(card: str, dtype: torch.dtype, device: torch.device) -> str:
+    """What the weights are in, by a model's card and as it was loaded; a warning where that is much
+    slower than it could be."""
+    if json.loads(card).get("weights") != "int8":
+        return str(dtype).removeprefix("torch.")
     kernels = native.enabled() if device.type == "cpu" else ""
     if not kernels:
         logger.warning(

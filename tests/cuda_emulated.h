@@ -166,6 +166,8 @@ inline void launch(const Kernel& kernel, Index grid, int threads, void** argumen
 
 inline void __syncthreads() { emulated::wait(emulated::AT_BLOCK); }
 
+inline int atomicAdd(int* to, int more) { return std::exchange(*to, *to + more); }
+
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int apart) {
   static_assert(sizeof(T) <= 8);

@@ -1,10 +1,11 @@
-// handler/decoding/kernels.cu without a GPU, see cuda_emulated.h. As a library it stands in for
+// handler/decoding/kernels.cu and search.cu without a GPU, see cuda_emulated.h. As a library it stands in for
 // CUDA's driver, and tests/test_kernels.py compares what comes out with plain torch. As a program,
 // built with sanitizers, it runs every kernel on random shapes in buffers of exactly the size that
 // it may touch, with its threads in both orders, which have to agree to the last bit.
 #include "cuda_emulated.h"
 // After it:
 #include "../handler/decoding/kernels.cu"
+#include "../handler/decoding/search.cu"
 
 namespace {
 
@@ -25,6 +26,8 @@ const bool known = [] {
   emulated::add("choose<Half>", choose<Half>);
   emulated::add("choose<Brain>", choose<Brain>);
   emulated::add("gather_rows", gather_rows);
+  emulated::add("advance_one", advance_one);
+  emulated::add("advance_beam", advance_beam);
   return true;
 }();
 
@@ -45,21 +48,28 @@ struct Buffer {
   explicit Buffer(long long size) : size(size), all(new T[size]), pointer(all.get()) {
     for (long long i = 0; i < size; ++i) fill(all[i]);
   }
+  std::vector<char> bytes() const {
+    const char* first = reinterpret_cast<const char*>(all.get());
+    return {first, first + size * sizeof(T)};
+  }
+  void set(const std::vector<char>& bytes) { std::memcpy(all.get(), bytes.data(), bytes.size()); }
   long long size;
   std::unique_ptr<T[]> all;
   T* pointer;
 };
 
-// Run a kernel twice; whether it leaves the same in all of `outputs`.
+// Run a kernel twice on what is in `outputs`; whether it leaves the same in all of them.
 template <typename... Out>
 bool agrees(const std::string& name, Index grid, int threads, std::vector<void*> arguments,
             Buffer<Out>&... outputs) {
-  std::vector<std::vector<char>> left[2];
+  std::vector<std::vector<char>> before, left[2];
+  (before.push_back(outputs.bytes()), ...);
   for (const bool backwards : {false, true}) {
+    auto one = before.begin();
+    (outputs.set(*one++), ...);
     emulated::backwards = backwards;
     emulated::launch(emulated::kernels.at(name), grid, threads, arguments.data());
-    (left[backwards].emplace_back(reinterpret_cast<char*>(outputs.pointer),
-                                  reinterpret_cast<char*>(outputs.pointer + outputs.size)), ...);
+    (left[backwards].push_back(outputs.bytes()), ...);
   }
   if (left[0] == left[1]) return true;
   std::fprintf(stderr, "%s: other results where its threads run backwards\n", name.c_str());
@@ -108,9 +118,15 @@ template <typename T>
 bool check_choose(const std::string& name) {
   for (int round = 0; round < 4; ++round) {
     long long rows = 1 + draw(2), vocabulary = 1 + draw(round % 2 ? 9000 : 600);
-    long long count = 1 + draw(static_cast<int>(vocabulary < 5 ? vocabulary : 5));
+    long long count = 1 + draw(static_cast<int>(vocabulary < 20 ? vocabulary : 20));
     long long forbidden = draw(4);
     Buffer<T> logits(rows * vocabulary);
+    if (round == 3) {  // more in the way of a few threads than is sorted at once
+      vocabulary = 60 * THREADS, count = 20, rows = 1;
+      logits = Buffer<T>(vocabulary);
+      for (long long i = 0; i < vocabulary; ++i)
+        if (i % THREADS < 19) put(logits.pointer + i, 3.0f);
+    }
     Buffer<long long> never(forbidden), tokens(rows * count);
     Buffer<float> values(rows * count), normaliser(rows);
     if (!agrees("choose<" + name + ">", {static_cast<unsigned>(rows), 1}, THREADS,
@@ -150,6 +166,56 @@ bool check_gather() {
   return true;
 }
 
+// A beam that goes on until everybody is over, with what is beside the offered tokens at random.
+bool check_advance() {
+  for (int round = 0; round < 8; ++round) {
+    const bool wide = round == 3;
+    long long n = wide ? 1 : 1 + draw(3), k = wide ? MOST_BEAM : 1 + draw(7), eos = 3;
+    long long choices = k == 1 ? 2 : round % 2 ? 2 * k + 1 : 3 + draw(2), room = 1 + draw(90);
+    Buffer<float> values(n * k * choices), normaliser(n * k), scores(n * k), ended_sums(n * k);
+    Buffer<double> facts(n * FACTS), ended_scores(n * k);
+    Buffer<long long> tokens(n * k * choices), longest(n), made(n), previous(n * k), parents(n * k),
+        said(n * k * room), ended_made(n * k), ended_said(n * k * room);
+    Buffer<bool> over(n);
+    for (long long i = 0; i < n; ++i) {
+      double* fact = facts.pointer + i * FACTS;
+      fact[FREE] = draw(3), fact[BEST] = 1 + draw(static_cast<int>(k)), fact[HOPELESS] = -INFINITY;
+      fact[SHIFT] = 5, fact[SCALE] = 6, fact[LONGEST] = 2;
+      longest.pointer[i] = room, over.pointer[i] = draw(4) == 0;
+    }
+    for (long long i = 0; i < n * k; ++i) {
+      scores.pointer[i] = i % k ? -INFINITY : 0, ended_scores.pointer[i] = -INFINITY;
+      for (long long j = 0; j < choices; ++j) tokens.pointer[i * choices + j] = j + draw(4);
+      // Ids of a row differ and values fall, as `choose` leaves them.
+      for (long long j = 1; j < choices; ++j) {
+        long long* id = tokens.pointer + i * choices + j;
+        if (*id <= id[-1]) *id = id[-1] + 1;
+        float* value = values.pointer + i * choices + j;
+        *value = value[-1] - draw(3) / 4.0f;
+      }
+    }
+    for (int step = 0; step < (wide ? 3 : 20); ++step) {
+      for (long long i = 0; i < n * k; ++i) fill(normaliser.pointer[i]);
+      const bool right =
+          k == 1 ? agrees("advance_one", {1, 1}, 128,
+                          {&values.pointer, &tokens.pointer, &normaliser.pointer, &eos,
+                           &facts.pointer, &longest.pointer, &made.pointer, &over.pointer,
+                           &previous.pointer, &scores.pointer, &said.pointer, &n, &choices, &room},
+                          made, over, previous, scores, said)
+                 : agrees("advance_beam", {static_cast<unsigned>(n), 1}, wide ? 512 : 128,
+                          {&values.pointer, &tokens.pointer, &normaliser.pointer, &eos,
+                           &facts.pointer, &longest.pointer, &made.pointer, &over.pointer,
+                           &previous.pointer, &scores.pointer, &parents.pointer, &said.pointer,
+                           &ended_scores.pointer, &ended_sums.pointer, &ended_made.pointer,
+                           &ended_said.pointer, &k, &choices, &room},
+                          facts, made, over, previous, scores, parents, said, ended_scores,
+                          ended_sums, ended_made, ended_said);
+      if (!right) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 // What kernels.py calls of CUDA's driver.
@@ -172,7 +238,7 @@ int cuGetErrorString(int, const char** text) { return *text = "an emulated error
 }
 
 int main() {
-  const bool right = known && check_gather() && check<float, 4>("float") &&
+  const bool right = known && check_advance() && check_gather() && check<float, 4>("float") &&
                      check<Half, 8>("Half") && check<Brain, 8>("Brain") &&
                      check<double, 2>("double") && check_choose<float>("float") &&
                      check_choose<Half>("Half") && check_choose<Brain>("Brain");

@@ -7,7 +7,7 @@ import pytest
 from echo_service import ask, error, service, texts
 
 from handler import authorization
-from handler.authorization import INTERVAL, VARIABLE, Tokens
+from handler.authorization import INTERVAL, VARIABLE, Client, Terms, Tokens
 from handler.request import Refusal
 from handler.service import Incoming
 
@@ -213,6 +213,90 @@ def test_the_folder_is_looked_at_once_in_an_interval(folder, clock, monkeypatch)
 def test_no_token_is_told(folder):
     tokens = Tokens(folder)
     assert OLD not in repr(vars(tokens))
+
+
+# What a file says beside the token
+
+
+@pytest.mark.parametrize(
+    ("lines", "terms"),
+    [
+        ("", Terms()),
+        ("share: 2", Terms(share=2.0)),
+        ("share: 0.5\nmost_waiting: 1000\n", Terms(0.5, 1000)),
+        ("\r\nmost_waiting :  7 \r\n\r\n  share:1e1\r\n", Terms(10.0, 7)),
+        ("most_waiting: null", Terms()),
+    ],
+)
+def test_lines_after_the_token_say_what_its_client_may_have(folder, lines, terms):
+    (folder / "new").write_bytes(f"{NEW}\n{lines}".encode())
+    tokens = Tokens(folder)
+    assert tokens.admit(bearer(NEW)) == Client("new", terms)
+    assert tokens.admit(bearer(OLD)) == Client("old", Terms())
+    assert tokens.admit(bearer(f"{NEW}\n{lines}")) is None or not lines
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("share: 0", "new.share: got 0; allowed: a number from 0.01 to 100.0"),
+        ("share: 101", "new.share: got 101; allowed: a number from 0.01 to 100.0"),
+        ("share: two", "new.share: got 'two'; allowed: a number from 0.01 to 100.0"),
+        ("share: NaN", "new.share: got nan; allowed: a number from 0.01 to 100.0"),
+        ("share:", "new.share: got ''; allowed: a number from 0.01 to 100.0"),
+        ("share: " + "[" * 10**5, "(100000 characters); allowed: a number from 0.01 to 100.0"),
+        ("share: true", "new.share: got true; allowed: a number from 0.01 to 100.0"),
+        ("most_waiting: 0", "new.most_waiting: got 0; allowed: an integer of at least 1 or null"),
+        ("most_waiting: 1.5", "new.most_waiting: got 1.5; allowed: an integer of at least 1"),
+        ("shares: 2", "new.shares: unknown option; did you mean 'share'? allowed: share, most_wa"),
+        ("share: 2\nshare: 3", "new: line 3 has 8 characters; allowed: lines 'share: NUMBER' and"),
+        (OLD, f"new: line 2 has {len(OLD)} characters; allowed: lines 'share: NUMBER' and"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_its_value_and_what_is_allowed(
+    folder, clock, caplog, lines, message
+):
+    tokens = Tokens(folder, clock)
+    (folder / "new").write_text(f"{NEW}\n{lines}\n")
+    with pytest.raises(ValueError, match=f"^{VARIABLE}: ") as caught:
+        Tokens(folder)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300
+    clock.now += INTERVAL
+    assert tokens.admit(bearer(OLD))  # as before
+    assert not tokens.admit(bearer(NEW))
+    (record,) = [one for one in caplog.records if one.levelname == "ERROR"]
+    assert record.getMessage() == f"a token is left out: {caught.value}"
+    assert NEW not in caplog.text
+    assert OLD not in caplog.text
+
+
+def test_terms_may_change_while_the_service_runs(folder, clock):
+    tokens = Tokens(folder, clock)
+    for words, terms in (("share: 3", Terms(3.0)), ("", Terms()), ("most_waiting: 5", Terms(1, 5))):
+        (folder / "old").write_text(f"{OLD}\n{words}\n")
+        clock.now += INTERVAL
+        assert tokens.admit(bearer(OLD)) == Client("old", terms)
+
+
+def test_a_secret_s_keys_may_have_terms(tmp_path, clock):
+    list(mounted(tmp_path, 1, old=f"{OLD}\nshare: 2\n"))
+    tokens = Tokens(tmp_path, clock)
+    assert tokens.admit(bearer(OLD)) == Client("old", Terms(2.0))
+
+
+def test_a_folder_that_cannot_be_read_for_a_moment_changes_nothing(folder, clock, monkeypatch):
+    """Whoever asks then is told of an error; the next look is an interval later."""
+    tokens = Tokens(folder, clock)
+    (folder / "new").write_text(NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "read", lambda *_, **__: 1 // 0)
+        clock.now += INTERVAL
+        with pytest.raises(ZeroDivisionError):
+            tokens.admit(bearer(OLD))
+        assert tokens.admit(bearer(OLD))
+    clock.now += INTERVAL
+    assert tokens.admit(bearer(NEW))
 
 
 # In the service

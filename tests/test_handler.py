@@ -9,11 +9,14 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from handler import seq2seq_handler
+from handler.authorization import ANYBODY, VARIABLE
+from handler.decoding.failures import is_lost
 from handler.fields import FieldError
 from handler.integrity import DIGESTS, IntegrityError, write_digests
 from handler.logs import Levelled
@@ -86,6 +89,12 @@ def initialized(folder, **more) -> Seq2SeqHandler:
     return one
 
 
+def unhurried(one: Seq2SeqHandler) -> Seq2SeqHandler:
+    """However slow the machine is, each request is let in and answered within one call."""
+    one.service.arrivals.clock = one.service.answers.clock = lambda: 0.0
+    return one
+
+
 def calls(one, ctx, requests, most=200) -> dict[str, tuple]:
     """Call `handle` as TorchServe does; status, content type and body of each request.
 
@@ -121,6 +130,7 @@ def test_headers_are_read_whatever_their_case(unpacked):
     ctx = context(unpacked)
     one = Seq2SeqHandler()
     one.initialize(ctx)
+    unhurried(one)
     body = {"body": b'{"text": "12"}'}
     requests = [
         *((name, {name: "application/json"}, body)
@@ -152,6 +162,7 @@ def test_a_request_that_is_not_finished_is_left_out_of_the_reply(unpacked):
     ctx = context(unpacked, {**ONE_THREAD, "round_ms": 0.0})
     one = Seq2SeqHandler()
     one.initialize(ctx)
+    unhurried(one)
     ctx.request_ids = {0: "long", 1: "bad"}
     ctx.request_processor = [RequestProcessor({"content-type": "text/plain"}) for _ in range(2)]
     assert one.handle([{"body": "12345"}, {"body": b"\xff"}], ctx)[0] == ""
@@ -179,6 +190,7 @@ def test_a_stream_goes_out_part_by_part_and_its_last_part_ends_it(unpacked):
     ctx = context(unpacked, {**ONE_THREAD, "round_ms": 0.0})
     one = Seq2SeqHandler()
     one.initialize(ctx)
+    unhurried(one)
     headers = {"content-type": "application/json"}
     plain = ("plain", headers, {"body": {"text": "1234567"}})
     stream = ("stream", headers, {"body": {"text": "1234567", "stream": True}})
@@ -209,6 +221,7 @@ def test_a_stream_whose_first_part_is_its_last_is_a_plain_reply(unpacked):
     ctx = context(unpacked, {**ONE_THREAD, "round_ms": 1000.0})
     one = Seq2SeqHandler()
     one.initialize(ctx)
+    unhurried(one)
     asked = {"body": {"text": "12", "stream": True, "max_length": 2}}
     ((body, ended),) = rounds(one, ctx, [("1", {"content-type": "application/json"}, asked)])
     assert ended is None
@@ -220,6 +233,7 @@ def test_when_too_many_wait_the_client_is_told_when_to_come_again(unpacked):
     ctx = context(unpacked, {**ONE_THREAD, "max_waiting": 1})
     one = Seq2SeqHandler()
     one.initialize(ctx)
+    unhurried(one)
     headers = {"content-type": "text/plain"}
     few, many = ((str(i), headers, {"body": "1\n" * i}) for i in (1, 2))
     told = rounds(one, ctx, [many, few])
@@ -228,6 +242,133 @@ def test_when_too_many_wait_the_client_is_told_when_to_come_again(unpacked):
     assert ctx.get_response_headers(0)["Retry-After"] == "1"
     assert ctx.get_response_status(1)[0] == 200
     assert "Retry-After" not in ctx.get_response_headers(1)
+
+
+class Odd(Context):
+    """TorchServe's context, in which one thing fails for one request. `fails`: a method's name."""
+
+    fails = ""
+
+    def failing(self, name, idx):
+        if self.fails == name and self.request_ids.get(idx) == "bad":
+            raise KeyError("secret")
+
+    def get_request_id(self, idx=0):
+        self.failing("get_request_id", idx)
+        return super().get_request_id(idx)
+
+    def set_response_status(self, code=200, phrase="", idx=0):
+        self.failing("set_response_status", idx)
+        super().set_response_status(code, phrase, idx)
+
+    def set_response_content_type(self, idx, value):
+        self.failing("set_response_content_type", idx)
+        super().set_response_content_type(idx, value)
+
+    def set_response_header(self, idx, key, value):
+        self.failing("set_response_header", idx)
+        super().set_response_header(idx, key, value)
+
+
+class OddProperties(RequestProcessor):
+    def get_request_properties(self):
+        raise KeyError("secret")
+
+
+class OddTokens:
+    """What cannot look at its folder, when "bad" asks."""
+
+    def admit(self, values):
+        if values == ["bad"]:
+            raise OSError("secret")
+        return ANYBODY
+
+
+class OddBody(dict):
+    def get(self, *given):
+        raise KeyError("secret")
+
+
+@pytest.mark.parametrize(
+    "fails",
+    ["properties", "tokens", "body", "get_request_id", "set_response_status",
+     "set_response_content_type", "set_response_header"],
+)  # fmt: skip
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_fails_of_a_request_in_torchserve_s_hands_fails_it_alone(
+    unpacked, fails, streams, caplog
+):
+    ctx = context(unpacked, {**ONE_THREAD, "round_ms": 0.0})
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    unhurried(one)
+    ctx.__class__, ctx.fails = Odd, fails
+    if fails == "tokens":
+        one.tokens = OddTokens()
+    headers = {"content-type": "application/json", "authorization": "good"}
+    body = {"text": ["12", "34"] * 30, "stream": streams}
+    if fails == "set_response_header":
+        body, one.service.options = {"text": "1\n2"}, ServiceOptions(max_waiting=1)
+    live = {
+        "good": RequestProcessor(dict(headers)), "bad": RequestProcessor(dict(headers)),
+        "other": RequestProcessor(dict(headers)),
+    }
+    live["bad"]._request_header["authorization"] = "bad"
+    if fails == "properties":
+        live["bad"] = OddProperties({})
+    told: dict[str, list[str]] = {name: [] for name in live}
+    status = {}
+    for _ in range(500):
+        names = list(live)
+        ctx.request_ids = dict(enumerate(names))
+        ctx.request_processor = list(live.values())
+        sent = {"text": "12"} if fails == "set_response_header" else body
+        data = [{"body": body if name == "bad" else sent} for name in names]
+        if fails == "body" and "bad" in live:
+            data[names.index("bad")] = OddBody()
+        bodies = one.handle(data, ctx)
+        for i, name in enumerate(names):
+            if i in ctx.request_ids:
+                told[name].append(bodies[i])
+                status[name] = ctx.get_response_status(i)[0]
+                if ctx.stopping_criteria[i](None) is not False:
+                    del live[name]
+        if not live:
+            break
+    assert not live
+    for name in ("good", "other"):
+        assert status[name] == 200
+        last = told[name][-1].split("data: ")[-1]
+        assert json.loads(last)["translations"]
+    if streams and fails in ("set_response_status", "set_response_content_type"):
+        assert '"translations"' in told["bad"][-1]  # 200 is TorchServe's own
+    elif fails == "set_response_header":
+        assert json.loads(told["bad"][-1])["code"] == 500
+    else:
+        assert json.loads(told["bad"][-1])["type"] == "InternalError"
+        assert status["bad"] == (200 if fails == "set_response_status" else 500)
+    assert "secret" in caplog.text
+    assert not any("secret" in each for each in told["bad"])
+    ctx.request_ids, ctx.request_processor = {}, []
+    assert one.handle([], ctx) == []
+    assert one.service.engine.idle
+    assert not one.service.known
+
+
+def test_the_client_of_a_token_reaches_the_service(unpacked, tmp_path, monkeypatch):
+    (tmp_path / "first").write_text("0123456789abcdef\nshare: 2\nmost_waiting: 1\n")
+    (tmp_path / "second").write_text("fedcba9876543210")
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    ctx = context(unpacked)
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    unhurried(one)
+    got = calls(one, ctx, [
+        (name, {"content-type": "text/plain", "authorization": f"Bearer {token}"}, {"body": "1\n2"})
+        for name, token in (("x", "0123456789abcdef"), ("y", "fedcba9876543210"), ("z", "0" * 16))
+    ])
+    assert {name: reply[0] for name, reply in got.items()} == {"x": 429, "y": 200, "z": 401}
+    assert json.loads(got["x"][2])["type"] == "TooManyWaiting"
 
 
 @pytest.mark.parametrize(("weights", "device", "kernels", "told", "advice"), [
@@ -241,9 +382,9 @@ def test_int8_weights_without_their_operators_are_warned_of(
     weights, device, kernels, told, advice, monkeypatch, caplog
 ):
     monkeypatch.setattr("handler.decoding.native.enabled", lambda: kernels)
-    options = ServiceOptions(weights=weights if device == "cuda" and weights != "int8" else None)
-    card = json.dumps({"weights": weights or "float32"})
-    assert seq2seq_handler.number_format(card, options, torch.device(device)) == told
+    card = json.dumps({"weights": "int8" if weights == "int8" else "float32"})
+    dtype = getattr(torch, told, torch.float32)
+    assert seq2seq_handler.number_format(card, dtype, torch.device(device)) == told
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == bool(advice)
     assert all(re.search(advice, one) for one in warned)
@@ -254,6 +395,7 @@ def test_explanations_are_refused_by_the_header_that_asks_for_them(unpacked, nam
     ctx = context(unpacked)
     one = Seq2SeqHandler()
     one.initialize(ctx)
+    unhurried(one)
     body, headers = {"body": {"text": "12"}}, {"content-type": "application/json"}
     got = calls(one, ctx, [
         ("asks", {**headers, name: "True"}, body), ("does not", {**headers, name: "False"}, body),
@@ -358,7 +500,7 @@ def test_a_wrong_option_of_the_yaml_is_named(unpacked, handler, message):
 
 def test_options_may_be_left_out(unpacked):
     one = initialized(unpacked, handler=None)
-    assert one.service.options.rows == one.service.engine.capacity == 64
+    assert (one.service.options.rows, one.service.engine.capacity) == (None, 64)
 
 
 def test_no_client_can_fill_the_log(unpacked, caplog):
@@ -398,3 +540,38 @@ def test_cpus_are_no_more_than_a_container_has(tmp_path, monkeypatch, limit, cpu
     if limit is not None:
         (tmp_path / "cpu.max").write_text(limit + "\n")
     assert seq2seq_handler.usable_cpus() == cpus
+
+
+@pytest.mark.parametrize("text", [
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: unspecified launch failure", "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: device lost",
+])  # fmt: skip
+def test_a_lost_device_ends_the_worker(unpacked, monkeypatch, text):
+    """Whatever else is going on: TorchServe then starts another."""
+    one = initialized(unpacked)
+    ended = []
+
+    def leave(code):
+        ended.append(code)
+        raise SystemExit
+
+    def lost(*_):
+        raise RuntimeError(text + "\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setattr("logging.shutdown", lambda: None)
+    one.service.engine.runner.model = SimpleNamespace(encode=lost, pad_id=0)
+    body = {"body": {"text": "1"}}
+    with pytest.raises(SystemExit):
+        calls(one, context(unpacked), [("a", {"content-type": "application/json"}, body)])
+    assert ended == [1]
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: out of memory"), ValueError("CUDA error: what a client wrote"),
+])  # fmt: skip
+def test_a_device_without_memory_is_not_lost(error):
+    assert not is_lost(error)

@@ -1,4 +1,5 @@
-"""The kernels of a step on a GPU, without one: kernels.cu as C++, compared with plain torch."""
+"""The kernels of a step on a GPU, without one: kernels.cu as C++, compared with plain torch. The
+search of a step is in test_advance.py."""
 
 import ctypes
 import shutil
@@ -226,7 +227,10 @@ def chosen(logits, count, never=(0, 1, 2), normalised=True):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("rows", "vocabulary", "count"), [(1, 1, 1), (2, 67, 9), (2, 5003, 12)])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "count"),
+    [(1, 1, 1), (2, 67, 9), (2, 5003, 12), (1, 9001, 129), (1, 600, 512)],
+)
 def test_the_greatest_logits_are_those_of_plain_torch(emulated, dtype, rows, vocabulary, count):
     logits = rand(rows, vocabulary, dtype=dtype, scale=4)
     together = chosen(logits, count, (0, 2) if vocabulary > 1 else ())
@@ -245,6 +249,13 @@ def test_equal_logits_are_chosen_by_id(emulated):
     one_thread[0, 5 :: kernels.THREADS] = torch.arange(8.0) + 1
     _, tokens, _ = chosen(one_thread, 9)
     assert tokens[0, :8].tolist() == [5 + i * kernels.THREADS for i in reversed(range(8))]
+
+
+@pytest.mark.parametrize("rise", [-1.0, 0.0, 1.0])
+def test_more_great_logits_before_few_threads_than_are_sorted_at_once(emulated, rise):
+    logits = rand(60, kernels.THREADS)
+    logits[:, 3::27] = 5000 + torch.arange(60.0).unsqueeze(1) * rise
+    chosen(logits.view(1, -1), 20)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +280,9 @@ def test_few_tokens_all_of_which_are_chosen(emulated):
         kernels.choose(rand(2, 6), torch.tensor([0]), 7, False)
 
 
-def test_more_ids_than_the_kernel_knows_are_plain(emulated):
+def test_more_ids_and_choices_than_the_kernel_knows_are_plain(emulated):
     chosen(rand(2, 30), 4, never=range(kernels.MOST_NEVER + 1))
+    chosen(rand(2, 600), kernels.THREADS + 1)
     assert emulated.launched == 0
 
 
@@ -372,12 +384,12 @@ def test_a_gpu_s_compiler_takes_them(backend):
         rtc = next(cuda.nvrtc(major) for major in ("13", "12") if has(major))
     except StopIteration:
         pytest.skip("no NVRTC on this machine (PyPI: nvidia-cuda-nvrtc)")
-    binary, names = cuda.compiled(rtc, kernels.SOURCE, kernels.NAMES, backend)
+    binary, names = cuda.compiled(rtc, kernels.SOURCES, kernels.NAMES, backend)
     assert binary[:4] == b"\x7fELF"
     assert list(names) == kernels.NAMES
     assert all(name.encode() in binary for name in names.values())
     with pytest.raises(RuntimeError, match=f"NVRTC for {backend}.*no_such"):
-        cuda.compiled(rtc, kernels.SOURCE, ["no_such"], backend)
+        cuda.compiled(rtc, kernels.SOURCES, ["no_such"], backend)
 
 
 def has(major):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_advance import Game
 from test_kernels import INFINITY, NAN, TYPES, attention, close, rand, same_bits
 
 from handler.decoding import kernels
@@ -30,9 +31,10 @@ def cases(dtype):
         query, *memory = attention(dtype, 9, 3, 37, width)
         query = query * (width // heads) ** -0.5
         yield "attend", kernels.plain_attend, (query, *memory, heads)
-    for vocabulary, count in ((31, 20), (32_001, 1), (50_000, 128)):
+    for vocabulary, count in ((31, 20), (32_001, 1), (50_000, 129)):
         logits = rand(9, vocabulary, dtype=dtype, scale=4)
         logits[1], logits[2], logits[3, 7] = -INFINITY, 0, NAN
+        logits[4, torch.arange(vocabulary) % kernels.THREADS < 20] += 100  # more than are kept
         yield "choose", kernels.plain_choose, (logits, torch.tensor([0, 1, 2]), count, True)
 
 
@@ -70,3 +72,25 @@ def test_a_gpu_gathers_rows(device):
     found = torch.ops.seq2serve.gather_rows(on(device, tables), origin.to(device))
     for one, table in zip(found, tables, strict=True):
         assert torch.equal(one.cpu(), table[origin])
+
+
+@pytest.mark.parametrize(("k", "room"), [(1, 12), (2, 12), (5, 40), (17, 400), (64, 150)])
+def test_a_gpu_searches_as_a_cpu_does(device, k, room):
+    """Step by step, the later ones from a graph."""
+    game = Game(k, 9, room, seed=k, device=device, odd=0.1)
+    game.step(3 * k + 5)
+    offered = on(device, game.offered(3 * k + 5))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.seq2serve.advance(*offered, 3, game.board)
+
+    def replayed(*given):
+        for one, new in zip(offered, given):
+            one.copy_(new)
+        graph.replay()
+
+    for _ in range(12):
+        for i in range(game.n):
+            if game.plain[3][i] and int(game.draw(3, 1)):
+                game.begin(i, int(game.draw(room, 1)))
+        game.step(3 * k + 5, replayed)

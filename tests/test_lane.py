@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from table_model import EOS, A, B, TableModel, drained
+from table_model import EOS, A, B, TableModel, decode, drained
+from test_laws import assert_same
 from test_model import VOCABULARY, build
 
 from handler.decoding import DecodingOptions, Engine
@@ -152,3 +153,25 @@ def test_scores_are_summed_in_the_models_own_precision():
             pass
         total = events[0].results[0].log_probability
         assert total != float(torch.tensor(total, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("beam_size", [1, 2, 5])
+def test_in_a_long_queue_each_gets_its_own_translation(model, beam_size):
+    """Sentences of three kinds come and go in crowds, into places that others have left."""
+    draw = random.Random(beam_size)
+    sources = [[5, 6, EOS], [9] * 7 + [EOS], [4, 11, 8, 7, EOS]]
+    options = [
+        DecodingOptions(beam_size=beam_size, max_length=most, return_scores=True)
+        for most in (3, 8, 12)
+    ]
+    engine, asked, expected = Engine(model, 8 * beam_size), {}, {}
+    for i, j in itertools.product(range(3), range(3)):
+        (expected[i, j],) = decode(Engine(model, beam_size), [sources[i]], options[j])
+    for _ in range(150):
+        i, j = draw.randrange(3), draw.randrange(3)
+        asked[engine.admit(sources[i], options[j])] = (i, j)
+    ended = {}
+    while not engine.idle:
+        ended |= {event.sentence: event for event in engine.advance(16)}
+    for one, kind in asked.items():
+        assert_same(ended[one], expected[kind], 1e-4)

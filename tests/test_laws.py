@@ -135,7 +135,7 @@ class Watched(Engine):
     def __init__(self, model, rows):
         super().__init__(model, rows, clock=self.tick)
         self.within = None  # steps of a call under way, after each of which the clock is read
-        self.began = {}
+        self.entered = {}  # the step after which each was given rows
         run, apply = self.runner.run, self.runner.apply
 
         def counted(*arguments):
@@ -146,7 +146,7 @@ class Watched(Engine):
                 self.within = None
 
         def noted(plan):
-            self.began |= dict.fromkeys(plan.enter, self.steps + 1)
+            self.entered |= dict.fromkeys(plan.enter, self.steps + 1)
             return apply(plan)
 
         self.runner.run, self.runner.apply = counted, noted
@@ -240,7 +240,7 @@ def run(engine, tasks, draw):
     assert_nothing_is_held(engine)
     assert set(events) == set(range(len(tasks))) - {numbers[one] for one in cancelled}
     had = {
-        numbers[one]: None if due is None else max(0, due - engine.began.get(one, due))
+        numbers[one]: None if due is None else max(0, due - engine.entered.get(one, due))
         for one, due in ((one, deadlines[i]) for one, i in numbers.items())
     }
     return events, had
@@ -472,6 +472,7 @@ def test_a_reserve_behaves_like_a_list(appends, draw):
     reserve, plain, number = Reserve.like([torch.zeros(0, 0)]), [], 0
     for count, length in appends:
         holes = sorted(draw.sample(range(len(plain)), draw.randint(0, len(plain))))
+        draw.shuffle(holes)
         taken, behind = holes[:count], range(len(plain), len(plain) + count - len(holes))
         new = torch.arange(number + 1.0, number + 1 + count).unsqueeze(1).expand(count, length)
         number += count

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 from conftest import GUARD_SECONDS, JSON, PREDICT, call, connected
@@ -112,6 +111,28 @@ def test_nothing_is_lost_while_one_thread_counts_and_another_tells():
     assert told["a_total"] == 20_000
 
 
+def test_what_a_sink_does_not_take_is_told_the_next_time_and_all_else_now():
+    one, told = Metrics(), Counter()
+
+    def sink(name, kind, labels, values, value):
+        if "bad" in name and broken:
+            raise OSError("no")
+        told[name] += value
+
+    for broken in (True, True, False):
+        for name in ("a_total", "bad_total", "c_total"):
+            one.count(name, 2)
+        if broken:
+            with pytest.raises(OSError, match="no"):
+                one.tell(sink, {"bad": 7, "good": 8})
+        else:
+            one.tell(sink, {"bad": 7, "good": 8})
+    assert told == {
+        "seq2seq_a_total": 6, "seq2seq_bad_total": 6, "seq2seq_c_total": 6, "seq2seq_bad": 7,
+        "seq2seq_good": 8,
+    }
+
+
 # The service
 
 
@@ -130,7 +151,7 @@ def test_a_request_is_counted_with_its_tokens_and_steps():
     assert check_histogram(figures, "step_seconds") == steps
     assert check_histogram(figures, "first_token_seconds") == 2
     assert check_histogram(figures, "request_seconds") == 2
-    assert figures["step_seconds_sum", ()] == pytest.approx(model.rows_computed / 1000)
+    assert figures["step_seconds_sum", ()] == pytest.approx(model.rows_computed / 1000, abs=1e-6)
     assert {name for name, _ in figures} >= GAUGES
     assert figures["rows_in_use", ()] == 0
 
@@ -148,7 +169,7 @@ def test_time_to_the_first_token_is_counted_when_it_is_there():
     figures = tell(one.metrics)
     assert len(got) == 2
     assert figures["first_token_seconds_count", ()] == 1
-    assert figures["first_token_seconds_sum", ()] == pytest.approx(0.006)
+    assert figures["first_token_seconds_sum", ()] == pytest.approx(0.006, abs=1e-6)
 
 
 def test_refusals_failures_and_cancellations_are_counted_by_their_reason():
@@ -185,7 +206,7 @@ def test_gauges_say_how_full_the_service_is():
 # TorchServe's side
 
 
-def reported(one: Service, calls: Calls, monkeypatch, times=1) -> list[tuple]:
+def reported(one: Service, calls: Calls, times=1) -> list[tuple]:
     """What `times` looks of the reporting thread tell TorchServe."""
     recorder, looks = Recorder(), iter(range(times))
 
@@ -197,17 +218,15 @@ def reported(one: Service, calls: Calls, monkeypatch, times=1) -> list[tuple]:
         if next(looks, None) is None:
             raise OverError
 
-    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
-    monkeypatch.setattr(reporting, "time", clock)
     with pytest.raises(OverError):
-        report(one, calls, recorder)
+        report(one, calls, recorder, sleep)
     return recorder.told
 
 
-def test_each_figure_is_told_with_the_model_and_its_labels(monkeypatch):
+def test_each_figure_is_told_with_the_model_and_its_labels():
     one = service()
     answers(one, [ask(1, "a"), ask(2, "a", beam_size=0)])
-    told = reported(one, Calls(), monkeypatch, times=3)
+    told = reported(one, Calls(), times=3)
     model = {"model_name": "echo", "model_version": "1.0"}
     assert ("seq2seq_row_capacity", "gauge", model, 4) in told
     assert ("seq2seq_requests_total", "counter", {**model, "outcome": "ok"}, 1) in told
@@ -219,10 +238,10 @@ def test_each_figure_is_told_with_the_model_and_its_labels(monkeypatch):
     assert len({(name, *labels.values()) for name, _, labels, _ in told}) == len(told)
 
 
-def test_counters_that_are_asked_for_begin_at_zero(monkeypatch):
+def test_counters_that_are_asked_for_begin_at_zero():
     """Before any request; and what was counted before the first look is not lost."""
     model = {"model_name": "echo", "model_version": "1.0"}
-    told = reported(service(), Calls(), monkeypatch, times=2)
+    told = reported(service(), Calls(), times=2)
     assert ("seq2seq_requests_total", "counter", {**model, "outcome": "failed"}, 0) in told
     assert ("seq2seq_cancellations_total", "counter", model, 0) in told
     zeros = [one for one in told if one[1] == "counter"]
@@ -230,7 +249,7 @@ def test_counters_that_are_asked_for_begin_at_zero(monkeypatch):
     assert {value for *_, value in zeros} == {0}
     one = service()
     answers(one, [ask(1, "a")])
-    told = reported(one, Calls(), monkeypatch)
+    told = reported(one, Calls())
     assert ("seq2seq_requests_total", "counter", {**model, "outcome": "ok"}, 1) in told
 
 
@@ -244,6 +263,73 @@ def test_the_labels_of_counters_that_begin_at_zero_are_the_service_s():
     named = {(name, tuple(labels.items())) for name, labels in FROM_START}
     assert named - counted == {("refusals_total", (("reason", "Unauthorized"),))}
     assert counted <= named
+
+
+@pytest.mark.parametrize("broken", ["add_metric_to_cache", "add_or_update", "gauges", "sink"])
+def test_no_failure_ends_what_is_told(broken, monkeypatch, caplog):
+    """It is in the log once, and so is its end; nothing that was counted is lost."""
+    one, recorder, looks, looking = service(), Recorder(), [], iter(range(6))
+    answers(one, [ask(1, "a")])
+
+    def failing(real):
+        def call(*given):
+            if 1 <= len(looks) <= 3:
+                raise KeyError("secret")
+            return real(*given)
+        return call
+
+    class OverError(Exception):
+        pass
+
+    def sleep(_):
+        looks.append(next(looking, None))
+        if looks[-1] is None:
+            raise OverError
+        one.metrics.count("refusals_total", reason=f"look {len(looks)}")
+
+    class Cache:
+        def add_metric_to_cache(self, *given):
+            metric = recorder.add_metric_to_cache(*given)
+            if broken == "add_or_update":
+                metric.add_or_update = failing(metric.add_or_update)
+            return metric
+
+    cache = Cache()
+    if broken == "add_metric_to_cache":
+        cache.add_metric_to_cache = failing(cache.add_metric_to_cache)
+    if broken == "gauges":
+        monkeypatch.setattr(one, "gauges", failing(one.gauges))
+    if broken == "sink":
+        monkeypatch.setattr(reporting, "TorchServeSink", failing(TorchServeSink))
+    with pytest.raises(OverError):
+        report(one, Calls(), cache, sleep)
+    counted = Counter()
+    for name, _, labels, value in recorder.told:
+        counted[name, labels.get("reason")] += value
+    assert {counted["seq2seq_refusals_total", f"look {i}"] for i in range(1, 7)} == {1}
+    assert counted["seq2seq_row_capacity", None] == 4
+    here = threading.get_ident()  # threads of other tests' handlers go on
+    told = [each.getMessage() for each in caplog.records if each.thread == here]
+    assert told == [
+        "metrics could not be told; they are counted until they can be", "metrics are told again",
+    ]
+
+
+def test_gauges_may_be_read_in_the_middle_of_a_round():
+    one, over, seen = service(rows=2), threading.Event(), []
+
+    def reader():
+        while not over.is_set():
+            seen.append(one.gauges())
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    for i in range(60):
+        answers(one, [ask((i, j), ["a", "b"], 2) for j in range(6)])
+    over.set()
+    thread.join()
+    assert all(set(each) == GAUGES for each in seen)
+    assert one.gauges() == dict.fromkeys(GAUGES, 0) | {"row_capacity": 2}
 
 
 def test_a_metric_is_made_known_to_torchserve_once():
@@ -261,11 +347,11 @@ def test_a_metric_is_made_known_to_torchserve_once():
     assert [value for *_, value in recorder.told] == [1.0, 2.0]
 
 
-def test_when_calls_have_ceased_nobody_is_there(monkeypatch):
+def test_when_calls_have_ceased_nobody_is_there():
     """The last client of a stream leaves without a word: nothing calls the service again."""
     one, calls = service(rows=2), Calls()
     one.round([ask(1, ["a", "b", "c"], 9, stream=True)])
-    busy = {name: value for name, kind, _, value in reported(one, calls, monkeypatch)
+    busy = {name: value for name, kind, _, value in reported(one, calls)
             if kind == "gauge"}
     assert busy["seq2seq_rows_in_use"] == 2
     calls.last -= CEASED + 1
@@ -274,7 +360,7 @@ def test_when_calls_have_ceased_nobody_is_there(monkeypatch):
     assert not calls.have_ceased()
     calls.last -= CEASED + 1
     assert calls.have_ceased()
-    left = {name: value for name, kind, _, value in reported(one, calls, monkeypatch)
+    left = {name: value for name, kind, _, value in reported(one, calls)
             if kind == "gauge"}
     assert left == {
         "seq2seq_rows_in_use": 0, "seq2seq_live_requests": 0, "seq2seq_waiting_sentences": 0,

@@ -55,6 +55,7 @@ def test_every_option_is_read():
         "repetition_penalty": 1.2, "sampling": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
         "seed": None, "max_time": 2.5, "return_scores": True, "return_alignments": True,
         "prefix": "é", "split": False, "stream": True, "return_tokens": True,
+        "priority": "bulk",
     }
     assert set(options) == {one.name for one in dataclasses.fields(RequestOptions)}
     request = parse(JSON, {"text": "a", **options}, MOST)
@@ -116,6 +117,11 @@ def test_the_shapes_of_kserve_are_read_decoded_or_not(given, door):
             "(4097 characters); allowed: a string of at most 4096 characters or null",
         ),
         ({"text": "a", "stream": 1}, "InvalidOption", "stream: got 1; allowed: true or false"),
+        (
+            {"text": "a", "priority": "high"},
+            "InvalidOption",
+            "priority: got 'high'; allowed: 'interactive' or 'bulk'",
+        ),
         ({"text": "a", "split": None}, "InvalidOption", "split: got null; allowed: true or false"),
         (
             {"text": "a", "max_time": 0},

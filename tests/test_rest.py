@@ -140,7 +140,9 @@ def test_the_card_is_that_of_the_run(server, toy):
     for method, path in (("GET", "card"), ("POST", "card")):
         reply = raw(server, None, {}, method, f"{PREDICT}/{version}/{path}")
         assert reply.status == 200
+        serving = reply.json.pop("serving")
         assert reply.json == json.loads(load(str(toy.run.model), CPU).card)
+        assert (serving["device"], serving["weights"], serving["rows"]) == ("cpu", "float32", 64)
         assert reply.json["scores"] == toy.run.read_json(toy.run.scores, "evaluate")
 
 

@@ -17,6 +17,7 @@ from server.errors import ServerError
 from server.torchserve import TorchServe
 
 FIRST, SECOND = "first-token-" + "0" * 16, "second-token-" + "1" * 16
+LIMITED = "limited-token-" + "2" * 16
 LONG = {"text": ["9" * 60] * 100, "min_length": 60, "stream": True}
 NATIVE, KSERVE = ["code", "type", "message"], ["error", "code", "type", "message"]
 TENSOR = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["12"]}
@@ -48,6 +49,7 @@ DOORS = {
 def folder(tmp_path_factory):
     tokens = tmp_path_factory.mktemp("tokens")
     (tokens / "first").write_text(FIRST + "\n")
+    (tokens / "limited").write_text(f"{LIMITED}\nshare: 2\nmost_waiting: 3\n")
     return tokens
 
 
@@ -140,6 +142,20 @@ def test_those_that_are_refused_hinder_no_other(guarded):
         }
         said, _ = heard(begun.read())
     assert len(said) == len(LONG["text"])
+
+
+def test_a_token_s_own_limit_concerns_it_alone(guarded):
+    def told(token, texts, *more):
+        content = body({"text": texts, **dict(more)})
+        return asked(guarded, PREDICT, content, [*JSON.items(), ("Authorization", bearer(token))])
+
+    assert told(LIMITED, ["12"] * 3)[0] == 200
+    status, headers, content = told(LIMITED, ["12"] * 4)
+    error = json.loads(content)
+    assert (status, error["code"], error["type"]) == (429, 429, "TooManyWaiting")
+    assert headers["Retry-After"] == "1"
+    assert "allowed with this token: 3 together" in error["message"]
+    assert told(FIRST, ["12"] * 4, ("priority", "bulk"))[0] == 200
 
 
 def test_a_token_is_replaced_while_the_server_runs(guarded, folder):

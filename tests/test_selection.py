@@ -356,6 +356,15 @@ def test_drawing_follows_the_probabilities_and_their_limits(options, expected):
     assert sum((drawn[t] - 1500 * p) ** 2 / (1500 * p) for t, p in expected.items()) < 20
 
 
+@pytest.mark.parametrize("top_k", [2**63, 2**64, 10**400])
+def test_as_many_tokens_as_a_client_likes_are_all(top_k):
+    model = TableModel({2: {A: 0.5, B: 0.3, C: 0.2}})
+    options = [DecodingOptions(sampling=True, seed=3, max_length=1, top_k=k) for k in (top_k, 0)]
+    (asked,), (all_of_them,) = (decode(Engine(model, 1), [[9]], one) for one in options)
+    assert asked.error is None
+    assert asked.results[0].tokens == all_of_them.results[0].tokens
+
+
 KINDS_OF_SEARCH = [
     {}, {"return_scores": True}, {"beam_size": 2}, {"beam_size": 5, "length_penalty": 1.0},
     {"min_length": 3}, {"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1},

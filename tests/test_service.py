@@ -1,5 +1,6 @@
 """The service round by round: order, cancellation, isolation, bounds, and nothing left behind."""
 
+import itertools
 import json
 import logging
 
@@ -18,6 +19,8 @@ from echo_service import (
     service,
     texts,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from handler.request import JSON, TEXT
 from handler.service import Incoming, Reply
@@ -169,9 +172,12 @@ def test_a_failing_model_is_an_error_of_its_requests_alone(broken, monkeypatch, 
     assert texts(answers(one, [ask(1, "a", 1)])["1"]) == ["a"]
 
 
+@pytest.mark.parametrize(
+    "part", ["scheduler.plan", "scheduler.settle", "runner.apply", "runner.run"]
+)
 @pytest.mark.parametrize("rounds", [0, 1, 3])
 def test_an_error_of_the_engine_ends_the_requests_it_had_and_nothing_else(
-    rounds, monkeypatch, caplog
+    rounds, part, monkeypatch, caplog
 ):
     one = service(rows=2)
     live = [ask(1, ["a", "b", "c"], 9, beam_size=2), ask(2, "d", 9, max_time=3600), ask(3, "e", 9)]
@@ -182,7 +188,8 @@ def test_an_error_of_the_engine_ends_the_requests_it_had_and_nothing_else(
         raise KeyError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(one.engine, "fill", fail)
+        whose, method = part.split(".")
+        patch.setattr(getattr(one.engine, whose), method, fail)
         replies = one.round([*live, Incoming("4", "card", "", None)])
     assert [error(reply) for reply in replies[:3]] == [(500, "DecodingFailed")] * 3
     assert replies[3].status == 200
@@ -192,6 +199,86 @@ def test_an_error_of_the_engine_ends_the_requests_it_had_and_nothing_else(
     assert one.gauges() == dict.fromkeys(one.gauges(), 0) | {"row_capacity": 2}
     got = answers(one, [ask(5, ["a", "b", "c"], 2, beam_size=2), ask(6, "d", 3)])
     assert (texts(got["5"]), texts(got["6"])) == (["aa", "bb", "cc"], ["ddd"])
+
+
+ALONE = [  # what fails there concerns one request
+    *(f"engine.{name}" for name in ("admit", "check", "committed")),
+    *(f"narrator.{name}" for name in ("answer", "told", "source.encode", "target.decode")),
+    *(f"admission.{name}" for name in ("check", "enter", "reserve", "tokens", "prefix")),
+    *("last", "committed"),
+]
+PLACES = [
+    *ALONE,
+    *(f"engine.{name}" for name in ("cancel", "advance", "begun")),
+    *(f"engine.scheduler.{name}" for name in ("plan", "settle", "cancel", "admit")),
+    *(f"engine.runner.{name}" for name in ("apply", "run", "rest", "committed")),
+    *(f"metrics.{name}" for name in ("count", "observe")),
+    *(f"arrivals.{name}" for name in ("add", "drop", "advance")),
+    *(f"answers.{name}" for name in ("add", "drop", "advance")),
+    *("begin", "step", "fail", "finish", "forget", "counted", "note_complete"),
+]
+
+
+class Standing:
+    """A tokenizer whose methods can be replaced."""
+
+    def __init__(self):
+        for name in ("encode", "decode", "pieces", "settled"):
+            setattr(self, name, getattr(TOKENIZER, name))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(PLACES), st.integers(1, 30), st.booleans(), st.sampled_from([0.0, 3.0]),
+    st.integers(1, 3),
+)
+def test_whatever_raises_once_each_request_ends_once_and_nothing_is_left(
+    place, number, cleared, round_ms, rows
+):
+    one = service(rows, source=Standing(), target=Standing(), round_ms=round_ms)
+    *path, name = place.split(".")
+    whose = one
+    for step in path:
+        whose = getattr(whose, step)
+    real, calls = getattr(whose, name), itertools.count(1)
+
+    def fails(*given, **more):
+        if next(calls) == number:
+            if not cleared:  # nor can the engine be cleared, at first
+                one.engine.clear = lambda: setattr(one.engine, "clear", clear) or 1 // 0
+            raise KeyError("secret")
+        return real(*given, **more)
+
+    clear = one.engine.clear
+    object.__setattr__(whose, name, fails)  # some are frozen
+    live = [
+        ask(1, ["a", "b", "c"], 5, stream=True), ask(2, "d", 7, beam_size=rows),
+        ask(3, ["a\nb", "c"], 3, stream=True), ask(4, "a", beam_size=0),
+        Incoming("5", "card", "", None), ask(6, ["e"] * 4, 2), ask("leaves", ["f"] * 5, 19),
+    ]
+    ended = {}
+    for now in range(300):
+        here = [each for each in live if each.id not in ended and (each.id != "leaves" or now < 3)]
+        for each, reply in zip(here, one.round(here)):
+            if reply is not None and reply.kind != "more":
+                ended[each.id] = reply
+        if not here:
+            break
+    assert not here
+    one.round([])
+    for reply in ended.values():
+        assert "secret" not in reply.body
+    errors = sum('"type": "InternalError"' in reply.body for reply in ended.values())
+    assert errors <= (1 if place in ALONE else len(live))
+    assert {each.id for each in live} - {"leaves"} <= set(ended)
+    object.__setattr__(whose, name, real)
+    one.engine.clear = clear
+    for _ in range(100):  # what an engine that could not be cleared has left
+        one.round([])
+    got = answers(one, [ask(7, ["a", "b"], 2), ask(8, "c", 3, stream=True)])
+    assert texts(got["7"]) == ["aa", "bb"]
+    assert '"ccc"' in answers(one, [ask(9, "c", 3)])["9"].body
+    assert left_nothing(one)
 
 
 @pytest.mark.parametrize("side", ["source", "target"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from handler.decoding.constraints import CONSTRAINTS
-from handler.decoding.rows import Moves, joined, padded, put, sent
+from handler.decoding.rows import Moves, filled, joined, padded, put, sent
 from handler.decoding.sampling import Draws
 from handler.decoding.sentence import Sentence
 
@@ -118,7 +118,7 @@ def begun(
     return Columns(
         facts=facts_of(sentences, clock, device),
         previous=torch.full((n, width), bos, device=device),
-        scores=first(torch.empty((n, width), dtype=dtype, device=device), slice(None)),
+        scores=first(torch.empty((n, width), dtype=dtype, device=device), None),
         parents=torch.arange(width, device=device).repeat(n, 1),
         tokens=none,
         asked=asked_by(sentences, device),
@@ -136,16 +136,16 @@ def begin(
     same places."""
     device, width = columns.facts.device, columns.previous.size(1)
     columns.facts[at] = facts_of(sentences, clock, device)
-    columns.previous[at] = bos
+    filled(columns.previous, at, bos)
     first(columns.scores, at)
     if columns.finished is not None:
         columns.parents[at] = torch.arange(width, device=device)
-        columns.finished.scores[at] = NEVER
+        filled(columns.finished.scores, at, NEVER)
     attention, draws = columns.attention, columns.draws
     if attention is not None:
         longest = max(len(s.source) for s in sentences)
         attention = wide_enough(attention, longest)
-        attention.covered[at] = 0
+        filled(attention.covered, at, 0)
     if draws is not None:
         draws = mapped(lambda table, new: put(table, places, new), draws,
                        Draws.of(sentences, device))  # fmt: skip
@@ -155,11 +155,14 @@ def begin(
     return dataclasses.replace(columns, asked=asked, attention=attention, draws=draws)
 
 
-def first(scores: Tensor, at: int | Tensor | slice) -> Tensor:
-    """`scores` [N, K] of sentences that begin: the other hypotheses are not there yet."""
-    scores[at] = 0.0
-    if scores.size(1) > 1:
-        scores[at, 1:] = NEVER
+def first(scores: Tensor, at: int | Tensor | None) -> Tensor:
+    """`scores` [N, K], in rows `at` those of sentences that begin, None for all: the other
+    hypotheses are not there yet."""
+    if at is None:
+        scores.zero_()[:, 1:].fill_(NEVER)
+        return scores
+    filled(scores, at, NEVER)
+    filled(scores[:, 0], at, 0.0)
     return scores
 
 
@@ -196,8 +199,8 @@ def ragged(rows: list[list[float]], device: torch.device) -> Tensor:
     longest = max(map(len, rows))
     if not longest:
         return torch.empty((len(rows), 0), dtype=torch.double, device=device)
-    filled = [[*row, *[0.0] * (longest - len(row))] for row in rows]
-    return torch.tensor(filled, dtype=torch.double, device=device)
+    rows = [[*row, *[0.0] * (longest - len(row))] for row in rows]
+    return sent(rows, device, torch.double)
 
 
 def both(columns: Columns, added: Columns) -> Columns:

@@ -80,8 +80,8 @@ def checked(driver: Any, code: int) -> None:
         raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()} ({code})")
 
 
-def load(device: torch.device, source: Path, names: list[str]) -> Kernels:
-    """Compile `source` for a GPU, a device with an index, and load the kernels `names`.
+def load(device: torch.device, sources: list[Path], names: list[str]) -> Kernels:
+    """Compile `sources` for a GPU, a device with an index, and load the kernels `names`.
 
     Raises:
         RuntimeError: it cannot be done, and why.
@@ -94,7 +94,7 @@ def load(device: torch.device, source: Path, names: list[str]) -> Kernels:
         raise RuntimeError(f"no CUDA driver: {error}") from None
     rtc = nvrtc(torch.version.cuda.partition(".")[0])
     major, minor = torch.cuda.get_device_capability(device)
-    binary, lowered = compiled(rtc, source, names, f"sm_{major}{minor}")
+    binary, lowered = compiled(rtc, sources, names, f"sm_{major}{minor}")
     context, handle, module = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_void_p()
     checked(driver, driver.cuInit(0))
     checked(driver, driver.cuDeviceGet(ctypes.byref(handle), device.index))
@@ -125,10 +125,10 @@ def nvrtc(major: str) -> Any:
 
 
 def compiled(
-    rtc: Any, source: Path, names: list[str], architecture: str
+    rtc: Any, sources: list[Path], names: list[str], architecture: str
 ) -> tuple[bytes, dict[str, str]]:
-    """`source` for an architecture such as sm_90, and what the kernels `names`, which may be
-    templates, are called in it.
+    """`sources`, one behind the other, for an architecture such as sm_90, and what the kernels
+    `names`, which may be templates, are called in it.
 
     Raises:
         RuntimeError: what the compiler complains of.
@@ -146,8 +146,8 @@ def compiled(
             raise RuntimeError(f"NVRTC for {architecture}: {said} {log.value.decode().strip()}")
 
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
-    text, title = source.read_bytes(), source.name.encode()
-    demand(rtc.nvrtcCreateProgram(ctypes.byref(program), text, title, 0, None, None))
+    text = "".join(f'#line 1 "{one.name}"\n{one.read_text("utf-8")}' for one in sources).encode()
+    demand(rtc.nvrtcCreateProgram(ctypes.byref(program), text, None, 0, None, None))
     try:
         for name in names:
             demand(rtc.nvrtcAddNameExpression(program, name.encode()))

@@ -8,7 +8,7 @@ by kernel, as on a CPU.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 AHEAD = 1  # blocks that are enqueued before the one before them is read
 BLOCK = 4  # steps
 TILE = 64  # rows; below that a product takes as long as its weights take to be read
+FEWEST_ROWS = 64
 MOST_ROWS = 1024  # that `rows: auto` chooses; on an H100 more made no more tokens a second
 SPARE = 0.8  # of the memory that is free, which may be planned with
 
@@ -67,7 +68,6 @@ class CudaRunner(Runner):
     ) -> None:
         super().__init__(model, device, clock)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.invariant = True  # whether a sentence has the same bits in any company
         widths = [width for width in sorted(set(options.widths)) if width <= rows]
         with torch.inference_mode():
             memory, state = encode_batch(model, [[model.eos_id]], device)
@@ -121,21 +121,18 @@ class CudaRunner(Runner):
         if isinstance(lane, StaticLane):
             lane.reset()
 
-    def encode(self, sentences: list[Sentence]) -> list[Event]:
+    def read(self, sources: list[Sequence[int]]) -> tuple[Any, list[Tensor]]:
         """On a stream of its own: packing waits for lengths on the host, and would wait for all
         steps that are enqueued."""
         if self.side is None:
-            return super().encode(sentences)
+            return super().read(sources)
         main = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self.side):
-            errors = super().encode(sentences)
+            memory, state = super().read(sources)
         main.wait_stream(self.side)
-        first = self.encoded.get(sentences[0].id)
-        if first is not None:
-            batch, _ = first
-            for table in [*batch.state, *batch.attended]:
-                table.record_stream(main)
-        return errors
+        for table in [*state, *memory.attended]:
+            table.record_stream(main)
+        return memory, state
 
     def run(self, steps: int, until: float = math.inf) -> Report:
         """A block of steps of every sentence in rows; what was told of the block before."""
@@ -178,7 +175,7 @@ class CudaRunner(Runner):
 
 
 @torch.inference_mode()
-def static_bytes(model: Any, rows: int, widths: list[int]) -> int:
+def static_bytes(model: Any, rows: int, widths: Sequence[int]) -> int:
     """Bytes of the static lanes, beside the weights, with the temporaries of their largest step:
 
     - of each place the state, the longest source, and the board (`static_search.Board`);
@@ -219,11 +216,13 @@ def check_memory(model: Any, device: torch.device, rows: int, widths: list[int])
         )
 
 
-def rows_for(model: Any, device: torch.device, widths: list[int], fewest: int = 64) -> int:
-    """The most rows, a power of two from `fewest` to `MOST_ROWS`, for which the device has memory
-    to spare."""
+def rows_for(model: Any, device: torch.device, widths: Sequence[int]) -> int:
+    """Rows for a device whose number nobody has named: `FEWEST_ROWS` on a CPU, on a GPU up to
+    `MOST_ROWS`, a power of two, for which it has memory to spare."""
+    if device.type != "cuda":
+        return FEWEST_ROWS
     free, _ = torch.cuda.mem_get_info(device)
     rows = MOST_ROWS
-    while rows > fewest and static_bytes(model, rows, widths) > SPARE * free:
+    while rows > FEWEST_ROWS and static_bytes(model, rows, widths) > SPARE * free:
         rows //= 2
     return rows

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from handler.decoding.cuda_runner import CudaOptions, CudaRunner
 from handler.decoding.model import SourceLengthError
 from handler.decoding.options import DecodingOptions
-from handler.decoding.cuda_runner import CudaRunner
 from handler.decoding.runner import Runner
 from handler.decoding.scheduler import Scheduler
 from handler.decoding.sentence import Event, Sentence
@@ -33,6 +33,7 @@ class Engine:
             its rows are free. See `largest_memory`.
         device: where the model is.
         clock: seconds, for deadlines.
+        cuda: how it decodes on a GPU.
 
     Not thread-safe: one thread calls it.
     """
@@ -43,7 +44,9 @@ class Engine:
         rows: int,
         device: torch.device = torch.device("cpu"),
         clock: Callable[[], float] = time.monotonic,
+        cuda: CudaOptions = CudaOptions(),
     ) -> None:
+        self.cuda = cuda
         self.model = model
         self.capacity = rows
         self.device = device
@@ -56,7 +59,7 @@ class Engine:
     def new_runner(self) -> Runner:
         """For the device."""
         if self.device.type == "cuda":
-            return CudaRunner(self.model, self.device, self.clock, self.capacity)
+            return CudaRunner(self.model, self.device, self.clock, self.capacity, self.cuda)
         return Runner(self.model, self.device, self.clock)
 
     def admit(
@@ -135,6 +138,11 @@ class Engine:
         return forgotten
 
     @property
+    def invariant(self) -> bool:
+        """Whether a sentence has the same bits in any company, as far as a start can tell."""
+        return self.runner.invariant
+
+    @property
     def rows_in_use(self) -> int:
         return self.scheduler.rows_in_use
 
@@ -149,6 +157,12 @@ class Engine:
     @property
     def idle(self) -> bool:
         return self.scheduler.idle
+
+    @property
+    def began(self) -> list[int]:
+        """Ids of sentences that got their first token in the last call of `advance`, whether or not
+        they have ended since."""
+        return self.scheduler.began
 
     def begun(self, sentence: int) -> bool:
         """Whether a sentence that has not ended has a token."""
@@ -169,6 +183,7 @@ class Engine:
         with its error, and leaves the engine usable.
         """
         events: list[Event] = []
+        self.scheduler.began.clear()
         last, fresh = self.steps + steps, True
         while self.steps < last and not self.idle:
             plan, expired = self.scheduler.plan(self.clock(), fresh)

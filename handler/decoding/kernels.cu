@@ -1,5 +1,6 @@
-// The kernels of a decoding step on a GPU, which handler/decoding/kernels.py compiles and launches;
-// what they compute is said there. They are CUDA C++ without any header, as NVRTC may find none.
+// The kernels of a decoding step on a GPU, which handler/decoding/kernels.py compiles and launches,
+// with search.cu behind; what they compute is said there. They are CUDA C++ without any header, as
+// NVRTC may find none.
 //
 // A row is reduced in an order that its own size decides: neither the rows beside it nor padding
 // behind its sentence changes a bit of it. Every argument but `Tables` is a pointer or a long long.
@@ -10,6 +11,8 @@ constexpr int MOST_STEPS = 4096;  // source tokens that `attend` keeps the weigh
 constexpr int MOST_TABLES = 64;   // of one `gather_rows`
 constexpr int MOST_NEVER = 8;     // ids that `choose` may be forbidden
 constexpr int AHEAD = 8;          // logits that a thread has on their way to it
+constexpr int FEW = 6;            // so many greatest are found one by one sooner than by sorting
+constexpr int KEPT = 1024;        // keys that `choose` sorts at once
 
 struct Half {
   unsigned short bits;
@@ -246,16 +249,53 @@ __device__ inline unsigned long long ranked(float x, unsigned id) {
   return static_cast<unsigned long long>(order) << 32 | (0xffffffffu - id);
 }
 
-// logits [R, V], never [forbidden] -> values and tokens [R, count], normaliser [R] or null.
-// A block for each row. Each thread looks through every so many logits for its best. Then the best
-// of all are taken one by one, and the warp of the thread that had it looks for that one's next.
+typedef unsigned long long Key;
+
+// To the front what is greater.
+__device__ inline void exchange(Key& front, Key& back) {
+  const Key a = front, b = back;
+  if (a < b) front = b, back = a;
+}
+
+// Sort lists side by side, the greatest first, each of which falls and then rises or the reverse;
+// `size` keys in all. It is half of a bitonic sort. `size` and `length` are powers of 2.
+__device__ inline void descend(Key* keys, int size, int length) {
+  for (int apart = length / 2; apart > 0; apart /= 2) {
+    for (int i = threadIdx.x; i < size / 2; i += blockDim.x) {
+      const int at = i / apart * 2 * apart + i % apart;
+      exchange(keys[at], keys[at + apart]);
+    }
+    __syncthreads();
+  }
+}
+
+__device__ inline void sort(Key* keys, int size) {
+  for (int run = 1; run < size; run *= 2) {
+    for (int i = threadIdx.x; i < size / 2; i += blockDim.x) {
+      const int first = i / run * 2 * run, place = i % run;
+      exchange(keys[first + place], keys[first + 2 * run - 1 - place]);
+    }
+    __syncthreads();
+    descend(keys, size, run);
+  }
+}
+
+// logits [R, V], never [forbidden] -> values and tokens [R, count], normaliser [R] or null; `count`
+// is at most THREADS. A block for each row.
+//
+// Each thread looks through every so many logits for its best. The last of the `count` greatest of
+// those bounds what is chosen, and only threads whose best is not below it have any of that. Their
+// logits are looked through again, and what is not below the bound is sorted. Where that is more
+// than has room, the sorted part gives a higher bound.
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     choose(const T* logits, const long long* never, float* values, long long* tokens,
            float* normaliser, long long vocabulary, long long forbidden, long long count) {
-  typedef unsigned long long Key;
+  __shared__ Key best_of_threads[THREADS];
+  __shared__ Key kept[KEPT];
   __shared__ Key of_warps[WARPS];
   __shared__ float scratch[WARPS];
+  __shared__ int counted;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const long long row = blockIdx.x;
   const unsigned size = static_cast<unsigned>(vocabulary);
@@ -296,26 +336,42 @@ __global__ void __launch_bounds__(THREADS)
     if (thread == 0) normaliser[row] = greatest + logf(sum);
   }
 
-  Key best = over_warp(mine, Greater());
-  if (lane == 0) of_warps[warp] = best;
-  __syncthreads();
-  for (long long i = 0; i < count; ++i) {
-    best = over_warp(lane < WARPS ? of_warps[lane] : Key(0), Greater());
+  Key bound = ~Key(0);
+  if (count <= FEW) {
+    for (long long i = 0; i < count; ++i) {
+      bound = over_block(mine < bound ? mine : Key(0), of_warps, Greater());
+      if (thread == 0) best_of_threads[i] = bound;
+    }
+  } else {
+    best_of_threads[thread] = mine;
     __syncthreads();
-    const unsigned id = 0xffffffffu - static_cast<unsigned>(best);
-    const int owner = static_cast<int>(id % THREADS);
-    if (thread == 0) values[i] = logit(id), tokens[i] = id;
-    if (warp == owner / 32) {
-      Key next = 0;
-      for (unsigned other = owner + lane * THREADS; other < size; other += 32 * THREADS) {
-        const Key key = ranked(logit(other), other);
-        if (key < best) next = Greater()(next, key);
+    sort(best_of_threads, THREADS);
+    bound = best_of_threads[count - 1];
+  }
+  int found;
+  do {
+    if (thread == 0) counted = 0;
+    __syncthreads();
+    for (long long i = warp; i < count; i += WARPS) {
+      const unsigned owner = (0xffffffffu - static_cast<unsigned>(best_of_threads[i])) % THREADS;
+      for (unsigned id = owner + lane * THREADS; id < size; id += 32 * THREADS) {
+        const Key key = ranked(logit(id), id);
+        if (key < bound) continue;
+        const int at = atomicAdd(&counted, 1);  // in any order: they are sorted below
+        if (at < KEPT) kept[at] = key;
       }
-      next = over_warp(next, Greater());
-      if (thread == owner) mine = next;
-      next = over_warp(mine, Greater());
-      if (lane == 0) of_warps[warp] = next;
     }
     __syncthreads();
+    found = counted;
+    int room = 1;
+    while (room < found && room < KEPT) room *= 2;
+    for (int i = found + thread; i < room; i += THREADS) kept[i] = 0;
+    __syncthreads();
+    sort(kept, room);
+    bound = kept[count - 1];
+  } while (found > KEPT);
+  for (long long i = thread; i < count; i += THREADS) {
+    const unsigned id = 0xffffffffu - static_cast<unsigned>(kept[i]);
+    values[i] = logit(id), tokens[i] = id;
   }
 }

@@ -2,9 +2,9 @@
 
 A step of few rows is as long as the gaps between its kernels, so it pays to have few. They are
 called by model.pt where its tensors are on a GPU (`lstm_pointwise`, `attend`) and by what runs it
-(`choose`, `gather_rows`). On a CPU, and on a GPU until `compile_for` has succeeded, they are plain
-torch: a GPU for which nothing can be compiled decodes as well, slower. kernels.cu says how the
-kernels compute.
+(`choose`, `advance`, `gather_rows`). On a CPU, and on a GPU until `compile_for` has succeeded, they
+are plain torch: a GPU for which nothing can be compiled decodes as well, slower. kernels.cu and
+search.cu say how the kernels compute.
 """
 
 import ctypes
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from handler.decoding import cuda
-from handler.decoding.graphs import greatest
+from handler.decoding import cuda, static_search
 from handler.decoding.native import declare
+from handler.decoding.selection import greatest
 
 # `attend` is declared in native.py.
 SCHEMAS = {
@@ -27,18 +27,19 @@ SCHEMAS = {
     "seq2serve::gather_rows": "(Tensor[] tables, Tensor origin) -> Tensor[]",
     "seq2serve::choose": "(Tensor logits, Tensor never, int count, bool normalised) -> "
     "(Tensor, Tensor, Tensor)",
+    "seq2serve::advance": static_search.SCHEMA,
 }
-SOURCE = Path(__file__).with_suffix(".cu")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cu", "search.cu")]
 NEVER = float("-inf")
-# As in kernels.cu.
+# As in kernels.cu and search.cu.
 THREADS = 512
-MOST_STEPS, MOST_TABLES, MOST_NEVER = 4096, 64, 8
+MOST_STEPS, MOST_TABLES, MOST_NEVER, MOST_BEAM = 4096, 64, 8, 64
 TYPES = {
     torch.float32: "float", torch.float16: "Half", torch.bfloat16: "Brain", torch.float64: "double",
 }  # fmt: skip
 VECTOR = 16  # bytes that a thread reads at once, where addresses allow it
 NAMES = [
-    "gather_rows",
+    "gather_rows", "advance_one", "advance_beam",
     *(f"lstm_pointwise<{name}>" for name in TYPES.values()),
     *(
         f"attend<{name}, {at_once}>"
@@ -46,7 +47,7 @@ NAMES = [
         for at_once in (1, VECTOR // dtype.itemsize)
     ),
     *(f"choose<{name}>" for dtype, name in TYPES.items() if dtype != torch.float64),
-]
+]  # fmt: skip
 _loaded: dict[torch.device, cuda.Kernels] = {}
 
 
@@ -63,7 +64,7 @@ def compile_for(device: torch.device) -> float:
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
     if device not in _loaded:
-        _loaded[device] = cuda.load(device, SOURCE, NAMES)
+        _loaded[device] = cuda.load(device, SOURCES, NAMES)
     return time.perf_counter() - begun
 
 
@@ -212,7 +213,7 @@ def choose(
 
     Args:
         logits: [R, V], of which the ids in `never`, int64, count as -inf.
-        count: how many, at most V; the search is made for some dozens.
+        count: how many, at most V; beyond THREADS they are chosen by plain torch.
 
     Returns:
         Values in float32 and their ids, [R, count] each: best first, equals by id, NaN before all;
@@ -224,7 +225,7 @@ def choose(
     if logits.dtype == torch.float64:
         logits = logits.float()
     kernels = ready((logits,))
-    if kernels is None or never.numel() > MOST_NEVER:
+    if kernels is None or never.numel() > MOST_NEVER or count > THREADS:
         return plain_choose(logits, never, count, normalised)
     values = torch.empty((rows, count), dtype=torch.float32, device=logits.device)
     tokens = torch.empty((rows, count), dtype=torch.int64, device=logits.device)
@@ -246,10 +247,34 @@ def plain_choose(
     return values.squeeze(1), tokens.squeeze(1), normaliser
 
 
+def advance(
+    values: Tensor, tokens: Tensor, normaliser: Tensor, eos: int, board: list[Tensor]
+) -> None:
+    """One token for every sentence that is not over, see `static_search.advance`."""
+    facts, longest, made, over, previous, scores, _, said, *finished = board
+    (n, k), room = previous.shape, said.size(2)
+    choices = values.size(1)
+    kernels = ready((values, normaliser, scores, *finished[1:2]))
+    known = scores.dtype == torch.float32 and k <= MOST_BEAM and choices > min(k, 2)
+    given = values.contiguous(), tokens.contiguous(), normaliser.contiguous(), eos
+    if kernels is None or not known or not all(one.is_contiguous() for one in board):
+        static_search.advance(values, tokens, normaliser, eos, board)
+    elif k == 1:
+        kernels.launch(
+            "advance_one", (-(-n // 128), 1), 128,
+            *given, facts, longest, made, over, previous, scores, said, n, choices, room,
+        )  # fmt: skip
+    else:
+        kernels.launch(
+            "advance_beam", (n, 1), 128 if k <= 16 else THREADS, *given, *board, k, choices, room
+        )
+
+
 declare(SCHEMAS)
 _forms = torch.library.Library("seq2serve", "IMPL")
 for _name, _form in (
     ("lstm_pointwise", lstm_pointwise), ("gather_rows", gather_rows), ("choose", choose),
+    ("advance", advance),
 ):  # fmt: skip
     _forms.impl(_name, _form, "CPU")
     _forms.impl(_name, _form, "CUDA")

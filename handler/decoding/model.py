@@ -166,6 +166,12 @@ def converted(model: Any, device: torch.device, weights: Weights | None) -> Any:
     return model
 
 
+def weight_type(model: Any) -> torch.dtype:
+    """The type of floating point that a model's weights have."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
 def automatic(model: Any, device: torch.device) -> Weights | None:
     """What `auto` stands for."""
     have = {t.dtype for t in itertools.chain(model.parameters(), model.buffers())}

@@ -21,6 +21,15 @@ def sent(values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch
     return made.pin_memory().to(device, non_blocking=True)
 
 
+def filled(table: Tensor, at: int | Tensor, value: float) -> None:
+    """Write one number into rows `at`, int64 [M]; a device is not waited for, as it is where a
+    number is assigned to rows by their indices."""
+    if isinstance(at, int):
+        table[at].fill_(value)
+    else:
+        table.index_fill_(0, at, value)
+
+
 class Moves(NamedTuple):
     """How rows close up: row origin[i] takes the place target[i], and `kept` are left."""
 
@@ -38,7 +47,8 @@ class Moves(NamedTuple):
     def close(self, table: Tensor) -> Tensor:
         """`table` [count, ...] after the moves; its memory is written."""
         if self.origin:
-            table[self.target] = table[self.origin]
+            target, origin = (sent(each, table.device) for each in (self.target, self.origin))
+            table.index_copy_(0, target, table.index_select(0, origin))
         return table[: self.kept]
 
 
@@ -53,13 +63,11 @@ def joined(table: Tensor, added: Tensor) -> Tensor:
 def put(table: Tensor, places: list[int], rows: Tensor) -> Tensor:
     """`table` with `rows` at `places`; its memory is written, and so are zeros where a further
     dimension of the rows is shorter."""
-    if table.shape[1:] == rows.shape[1:]:
-        if rows.numel():
-            table[places] = rows
-        return table
-    shape = [max(a, b) for a, b in zip(table.shape[1:], rows.shape[1:])]
-    table = padded(table, [table.size(0), *shape])
-    table[places] = padded(rows, [rows.size(0), *shape])
+    if table.shape[1:] != rows.shape[1:]:
+        shape = [max(a, b) for a, b in zip(table.shape[1:], rows.shape[1:])]
+        table, rows = (padded(t, [t.size(0), *shape]) for t in (table, rows))
+    if rows.numel():
+        table.index_copy_(0, sent(places, table.device), rows)
     return table
 
 
@@ -92,11 +100,13 @@ class Reserve:
         one before is as good as it was."""
         if not given:
             return self
-        count, length = max(self.count, places[-1] + 1), given[0].size(1)
+        count, length = max(self.count, max(places) + 1), given[0].size(1)
         larger = [self.fitting(t, count, length) for t in self.tables]
-        at: slice | list[int] = places
-        if places[-1] - places[0] + 1 == len(places):
-            at = slice(places[0], places[-1] + 1)
+        at: slice | Tensor = slice(0)
+        if places == list(range(places[0], places[0] + len(places))):
+            at = slice(places[0], places[0] + len(places))
+        else:
+            at = sent(places, given[0].device)
         for table, rows in zip(larger, given):
             if table.size(1) == length:
                 table[at] = rows

@@ -6,7 +6,7 @@ happened is returned, each sentence's end once.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from handler.decoding.columns import LEAST_ROOM
 from handler.decoding.failures import guarded
 from handler.decoding.lane import Kind, Lane, Vocabulary
 from handler.decoding.model import encode_batch
+from handler.decoding.rows import sent
 from handler.decoding.scheduler import ENCODED_AHEAD, Plan, Report
 from handler.decoding.sentence import Event, Sentence
 
@@ -47,6 +48,7 @@ class Runner:
         self.lane_of: dict[int, Lane] = {}  # by id, of sentences in rows
         self.encoded: dict[int, tuple[Encoded, int]] = {}  # batch and place, of those in none
         self.fresh: list[int] = []  # ids that have rows and no token yet
+        self.invariant = True  # see `Engine.invariant`
         self.memory: Any = None  # an empty one of the model's own type
 
     def apply(self, plan: Plan) -> Report:
@@ -100,7 +102,7 @@ class Runner:
         """Read sources together."""
         ids = [one.id for one in sentences]
         sources = [one.source for one in sentences]
-        made, errors = guarded(ids, encode_batch, self.model, sources, self.device)
+        made, errors = guarded(ids, self.read, sources)
         if made is not None:
             memory, state = made
             if self.memory is None:
@@ -108,6 +110,10 @@ class Runner:
             batch = Encoded(sentences, state, memory.attended)
             self.encoded |= {one: (batch, place) for place, one in enumerate(ids)}
         return errors
+
+    def read(self, sources: list[Sequence[int]]) -> tuple[Any, list[Tensor]]:
+        """See `encode_batch`."""
+        return encode_batch(self.model, sources, self.device)
 
     def enter(self, ids: list[int]) -> list[Event]:
         """Give rows to sentences that are encoded."""
@@ -198,4 +204,8 @@ def take_in(lane: Lane, batch: Encoded, places: list[int], sentences: list[Sente
     if len(places) == len(batch.sentences):
         lane.add(sentences, batch.state, batch.attended)
     else:
-        lane.add(sentences, [t[places] for t in batch.state], [t[places] for t in batch.attended])
+        at = sent(places, batch.state[0].device)
+        state, attended = (
+            [t.index_select(0, at) for t in tables] for tables in (batch.state, batch.attended)
+        )
+        lane.add(sentences, state, attended)

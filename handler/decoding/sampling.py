@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from handler.decoding.rows import sent
 from handler.decoding.sentence import Sentence
 
+MOST = 1 << 40  # which no vocabulary has; a client may name any number
 NUCLEUS = 256  # likeliest tokens that are looked at before the whole vocabulary is sorted
 
 
@@ -33,16 +35,12 @@ class Draws:
     def of(cls, sentences: Sequence[Sentence], device: torch.device) -> "Draws":
         options = [s.options for s in sentences]
         longest = max(s.max_length for s in sentences)
-        real = torch.tensor(
-            [[o.temperature, o.top_p] for o in options], dtype=torch.double, device=device
-        )
+        real = sent([[o.temperature, o.top_p] for o in options], device, torch.double)
         return cls(
             real[:, 0].clone(),
-            torch.tensor([o.top_k for o in options], device=device),
+            sent([min(o.top_k, MOST) for o in options], device),
             real[:, 1].clone(),
-            torch.tensor(
-                [lucky(s, longest) for s in sentences], dtype=torch.double, device=device
-            ),
+            sent([lucky(s, longest) for s in sentences], device, torch.double),
         )
 
 

@@ -59,6 +59,7 @@ class Scheduler:
         self.encoded: deque[Ticket] = deque()  # the next to enter; some may have ended
         self.deadlines: list[tuple[float, int]] = []  # a heap; some may have ended
         self.dropped: list[int] = []  # ids that a runner still has to forget
+        self.began: list[int] = []  # ids, see `Engine.began`
         self.count = [0] * len(Status)  # of sentences, by status
         self.rows_in_use = 0  # of those that are running
         self.waiting_of: Counter[str] = Counter()  # not yet running, by caller
@@ -200,6 +201,7 @@ class Scheduler:
         for sentence in report.began:
             if sentence in self.tickets:
                 self.tickets[sentence].begun = True
+                self.began.append(sentence)
         return list(self.news(report.events))
 
     def news(self, events: Iterable[Event]) -> Iterable[Event]:

@@ -91,13 +91,16 @@ class StaticLane:
         self.state = [t.new_zeros(count * width, *t.shape[1:]) for t in state]
         self.attended = [t.new_zeros(count, sizes.source, *t.shape[2:]) for t in attended]
         self.board = board_of(sizes, width, vocabulary.bos, score_type(state), self.device)
+        rows = torch.arange(0, count * width, width, device=self.device)
+        self.first = rows.unsqueeze(1)  # [N, 1], of each sentence
         self.replays: dict[tuple[int, int], Any] = {}
         self.spare: list[Board] = []  # on the host, for the blocks to come
         self.reset()
 
     def reset(self) -> None:
         """Forget every sentence."""
-        self.board.over.fill_(True)
+        self.left = list(range(self.sizes.sentences))  # places that are yet to be marked as over
+        self.ended: set[int] = set()  # ids, of which is known that they have ended
         self.clock = 0  # steps that were enqueued
         self.place: dict[int, int] = {}  # by id, who came first before
         self.sentences: dict[int, Sentence] = {}  # by id
@@ -115,12 +118,13 @@ class StaticLane:
         On failure nothing is taken in: what was written, is at places that nobody has.
         """
         width, count = self.kind.width, self.sizes.sentences
+        self.mark()
         places = heapq.nsmallest(len(sentences), self.vacant)
         at = sent(places, self.device)
         self.board.columns = begin(
             self.board.columns, places, at, sentences, 0, self.vocabulary.bos
         )
-        self.board.made[at] = 0
+        self.board.made.index_fill_(0, at, 0)
         self.board.longest[at] = sent([one.max_length for one in sentences], self.device)
         for table, new in zip(self.state, state):
             wide = new.unsqueeze(1).expand(-1, width, *new.shape[1:])
@@ -129,30 +133,27 @@ class StaticLane:
             rows = new.new_zeros(new.size(0), table.size(1), *new.shape[2:])
             rows[:, : new.size(1)] = new
             table[at] = rows
-        self.board.over[at] = False
+        self.board.over.index_fill_(0, at, False)
         for place, one in zip(places, sentences):
             heapq.heappop(self.vacant)
             self.place[one.id] = place
             self.sentences[one.id] = one
 
     def remove(self, ids: Sequence[int]) -> None:
-        """Sentences leave; their places are vacant."""
-        running = []
+        """Sentences leave; their places are vacant. No tensor is touched, so it cannot fail."""
         for one in ids:
             place = self.place.pop(one)
             del self.sentences[one]
             heapq.heappush(self.vacant, place)
-            if not self.over(one):
-                running.append(place)
-        if running:
-            self.board.over[sent(running, self.device)] = True
+            if one not in self.ended:
+                self.left.append(place)
+            self.ended.discard(one)
 
-    def over(self, sentence: int) -> bool:
-        """Whether a sentence is known to have ended."""
-        known = self.known
-        return known is not None and sentence in known.place and bool(
-            known.board.over[known.place[sentence]]
-        )
+    def mark(self) -> None:
+        """Mark the places of those who have left as over."""
+        if self.left:
+            self.board.over.index_fill_(0, sent(self.left, self.device), True)
+            self.left = []
 
     def close_up(self) -> None:
         """Let the last sentences take vacant places, where a smaller step then does."""
@@ -169,7 +170,7 @@ class StaticLane:
         state = [t.view(places, width, *t.shape[1:]) for t in self.state]
         for table in [*self.board.tables(), *state, *self.attended]:
             table.index_copy_(0, to, table.index_select(0, at))
-        self.board.over[at] = True
+        self.board.over.index_fill_(0, at, True)
         for one, place in zip(moved, target):
             self.place[one] = place
         self.vacant = sorted({*self.vacant, *origin} - set(target))
@@ -192,6 +193,7 @@ class StaticLane:
 
     def enqueue(self, steps: int) -> None:
         """Make steps, and have what they led to brought to the host."""
+        self.mark()
         self.close_up()
         count = bucket(max(self.place.values()) + 1, self.grid.sentences)
         longest = max(len(one.source) for one in self.sentences.values())
@@ -234,10 +236,10 @@ class StaticLane:
         if self.known is not None:
             self.spare.append(self.known.board)
         self.known = block
-        return [
-            one for one, place in block.place.items()
-            if one in self.place and bool(block.board.over[place])
-        ]  # fmt: skip
+        over = block.board.over.tolist()
+        ended = [one for one, at in block.place.items() if one in self.place and over[at]]
+        self.ended.update(ended)
+        return ended
 
     def compute(self, count: int, source: int) -> None:
         """A step of the first `count` places, of which sources have at most so many tokens."""
@@ -246,8 +248,7 @@ class StaticLane:
         state = [t[:rows] for t in self.state]
         before = state
         if width > 1:
-            first = torch.arange(0, rows, width, device=self.device).unsqueeze(1)
-            origin = (board.columns.parents + first).flatten()
+            origin = (board.columns.parents + self.first[:count]).flatten()
             before = torch.ops.seq2serve.gather_rows(state, origin)
         logits, after = self.logits(board.columns.previous, before, count, source)
         choices = 2 if width == 1 else min(2 * width + 1, self.vocabulary.size)

@@ -1,7 +1,7 @@
 """The search of one step where nothing may be asked on the host: every sentence goes all ways, and
 what ended stays as it is. This is `search.py` at fixed addresses.
 
-It is the operator `seq2serve::advance`; on a GPU it is one kernel, see kernels.cu.
+It is the operator `seq2serve::advance`; on a GPU it is one kernel, see search.cu.
 """
 
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def many(offer: Offer, board: list[Tensor], eos: int) -> Tensor:
     finished = Finished(rest[0], rest[1], rest[2], rest[3], said[:, :, :0])
     columns = Columns(facts, previous, scores, parents, said, [], finished, None, None)
     k = previous.size(1)
-    found = candidates(columns, offer, eos, full=False)
+    found = candidates(columns, offer, eos, full=False, stable=True)
     stays = over.unsqueeze(1)
     values = found.values[:, :k]
     ends = found.ends[:, :k] & (values > NEVER) & ~stays

@@ -87,6 +87,7 @@ class Turns:
         while True:
             lines = [line for line in self.lines.values() if line.waiting]
             if not lines:
+                self.lines.clear()  # when nobody waits, nobody is ahead
                 return None
             line = min(lines, key=lambda one: one.passed)
             _, _, ticket = heapq.heappop(line.waiting)

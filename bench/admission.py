@@ -1,0 +1,225 @@
+"""What a client that streams notices of another one's request of thousands of sentences.
+
+    python -m bench.admission                    this checkout
+    python -m bench.admission --beside FOLDER    and another one, in turns
+
+The service alone, without TorchServe, over a model whose steps take a millisecond each, whatever
+the rows. Three clients, each of which asks again as soon as it is answered: one streams a
+translation of many tokens; one sends 4,096 short sentences in 1,024 texts; one sends a single short
+sentence. Told are the gaps between two events of the stream, and the time of the two others from
+request to answer, all in rounds (`round_ms`). All times are CPU times of one core, which depend
+little on what share of the machine other processes take.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import handler
+from handler.decoding import Engine
+from handler.request import JSON
+from handler.service import Incoming, Service
+from handler.service_options import ServiceOptions
+from handler.tokenizer import Tokenizer
+from training.recipe import TokenizerOptions
+from training.tokenizer import learn
+
+SCRIPT = Path(__file__).resolve()
+TEXTS, SENTENCES, WORDS = 1024, 4, 8  # sentences of each text, words of each sentence
+STEP = 0.001  # seconds
+EOS = 3
+
+
+@dataclass(frozen=True)
+class Found:
+    """In rounds, but for the number of large requests that were answered."""
+
+    gap_p50: float
+    gap_p99: float
+    gap_most: float
+    small_p50: float
+    small_p99: float
+    large_p50: float
+    answered: int
+
+
+class Memory(NamedTuple):
+    attended: list[Tensor]
+    initial: list[Tensor]
+
+
+class TableModel:
+    """Random logits for each previous token; EOS never comes."""
+
+    format_version, card = 3, "{}"
+    pad_id, unk_id, bos_id, eos_id = 0, 1, 2, EOS
+    has_attention = False
+    max_source_length, max_target_length = 256, 2048
+
+    def __init__(self, vocabulary: int) -> None:
+        self.source_vocabulary = self.target_vocabulary = vocabulary
+        self.logits = torch.randn(vocabulary, vocabulary, generator=torch.manual_seed(1))
+        self.logits[:, :4] = -30.0
+
+    def encode(self, source: Tensor, lengths: Tensor) -> Memory:
+        return Memory([], [torch.zeros(source.size(0), 4)])
+
+    def start(self, memory: Memory) -> list[Tensor]:
+        return [memory.initial[0]]
+
+    def step(
+        self, previous: Tensor, state: list[Tensor], memory: Memory
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        over = time.process_time() + STEP
+        found = self.logits[previous], [state[0] + 1], self.logits.new_empty([*previous.shape, 0])
+        while time.process_time() < over:
+            pass
+        return found
+
+
+class Client:
+    """Asks again and again. `took`: seconds of each request that was answered."""
+
+    def __init__(self, name: str, body: dict[str, Any], now: float) -> None:
+        self.name, self.body, self.number = name, body, 0
+        self.took: list[float] = []
+        self.asks(now)
+
+    def asks(self, now: float) -> None:
+        self.number += 1
+        self.asked = now
+        self.incoming = Incoming(f"{self.name} {self.number}", "", JSON, self.body)
+
+    def hears(self, now: float) -> None:
+        """The end of an answer."""
+        self.took.append(now - self.asked)
+        self.asks(now)
+
+
+def served(round_ms: float) -> tuple[Service, list[str]]:
+    """A service, and words of its language."""
+    draw = random.Random(1)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(2000)]
+    lines = [" ".join(draw.choices(words, k=10)) for _ in range(2000)]
+    tokenizer = Tokenizer(learn(TokenizerOptions(), 2000, lines, "source_vocabulary"))
+    engine = Engine(TableModel(tokenizer.size), 64, clock=time.process_time)
+    options = ServiceOptions(round_ms=round_ms)
+    service = Service(engine, tokenizer, tokenizer, "m", "1", options, time.process_time)
+    service.warm_up()
+    return service, words
+
+
+def measured(seconds: float, round_ms: float) -> Found:
+    service, words = served(round_ms)
+    draw = random.Random(2)
+
+    def text(sentences: int) -> str:
+        spoken = (" ".join(draw.choices(words, k=WORDS)).capitalize() for _ in range(sentences))
+        return ". ".join(spoken) + "."
+
+    now = started = time.process_time()
+    many = [text(SENTENCES) for _ in range(TEXTS)]
+    stream = Client("stream", {"text": text(1), "max_length": 600, "stream": True}, now)
+    small = Client("small", {"text": text(1), "max_length": 4}, now)
+    large = Client("large", {"text": many, "max_length": 4}, now)
+    clients = stream, small, large
+    gaps: list[float] = []
+    last: float | None = None
+    while now < started + seconds:
+        replies = service.round([one.incoming for one in clients])
+        now = time.process_time()
+        for one, reply in zip(clients, replies):
+            if reply is None:
+                continue
+            if reply.status != 200:
+                raise RuntimeError(f"{one.name}: {reply.body}")
+            if one is stream:
+                if last is not None:
+                    gaps.append(now - last)
+                last = now if reply.kind == "more" else None
+            if reply.kind != "more":
+                one.hears(now)
+    rounds = [
+        [1000 * gap / round_ms for gap in found] for found in (gaps, small.took, large.took)
+    ]
+    between, of_small, of_large = rounds
+    return Found(
+        statistics.median(between), percentile(between, 99), max(between),
+        statistics.median(of_small), percentile(of_small, 99),
+        statistics.median(of_large), len(of_large),
+    )  # fmt: skip
+
+
+def percentile(values: list[float], p: int) -> float:
+    """The least that p of a hundred do not exceed."""
+    return sorted(values)[-(-p * len(values) // 100) - 1]
+
+
+def child(folder: Path, seconds: float, round_ms: float) -> None:
+    """Measure the packages of `folder`, and no others in its name."""
+    place = Path(handler.__file__ or "").resolve().parents[1]
+    if place != folder.resolve():
+        sys.exit(f"{folder}: its process has imported handler from {place}")
+    torch.set_num_threads(1)
+    print(json.dumps(dataclasses.asdict(measured(seconds, round_ms))))
+
+
+def found_of(folder: Path, seconds: float, round_ms: float) -> Found:
+    # Not `python script`, which would put the script's own folder before all others.
+    code = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "--child", str(folder), str(seconds), str(round_ms)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, check=True,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return Found(**json.loads(run.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.admission", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout")
+    parser.add_argument("--rounds", type=int, default=5, help="of measurements, in turns")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--round-ms", type=float, default=20.0)
+    a = parser.parse_args()
+    from bench.machine import described
+    from bench.turns import alternating, spread
+
+    folders = {"here": SCRIPT.parents[1]}
+    if a.beside is not None:
+        folders["beside"] = a.beside.resolve()
+    found: dict[str, list[Found]] = {name: [] for name in folders}
+    for number in range(a.rounds):
+        for name in alternating(list(folders), number):
+            found[name].append(found_of(folders[name], a.seconds, a.round_ms))
+    print(f"{described()}; `{' '.join(['python -m bench.admission', *sys.argv[1:]])}`\n")
+    print("| in rounds | gap p50 | gap p99 | largest gap | small p50 | small p99 | large p50 |")
+    print(f"|{'---|' * 7}")
+    for name, rows in found.items():
+        columns = list(zip(*(dataclasses.astuple(one)[:-1] for one in rows)))
+        print(f"| {name} | {' | '.join(spread(one) for one in columns)} |")
+    answered = ", ".join(f"{sum(one.answered for one in r)} {name}" for name, r in found.items())
+    print(f"\nLarge requests answered: {answered}.")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:  # with the packages of any checkout, so none of `bench`
+        child(Path(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4]))
+    else:
+        main()
