@@ -484,6 +484,8 @@ def test_a_gpu_that_is_required_and_missing_is_an_error(unpacked, monkeypatch, g
     [
         ({"rows": 0}, "handler.rows: got 0; allowed: an integer from 1 to 65536"),
         ({"rows": "64"}, "handler.rows: got '64'; allowed"),
+        ({"beams": 5}, "handler.beams: got 5; allowed: a list, each of it an integer from 1 to 64"),
+        ({"beams": [1, 65]}, "handler.beams[1]: got 65; allowed: an integer from 1 to 64"),
         ({"row": 64}, "handler.row: unknown option; did you mean 'rows'?"),
         ({"round_ms": -1}, "handler.round_ms: got -1; allowed: a number from 0.0 to 1000.0"),
         ({"threads": 0}, "handler.threads: got 0; allowed: an integer of at least 1 or null"),
