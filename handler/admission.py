@@ -146,7 +146,7 @@ class Admission:
                 "request; send them in several",
             )
         name, most = pending.client.name, pending.client.terms.most_waiting
-        waiting = self.engine.scheduler.waiting_of[name] + self.reserved_of[name]
+        waiting = self.engine.waiting_of(name) + self.reserved_of[name]
         if most is not None and waiting + count > most:
             raise Refusal(
                 429, "TooManyWaiting",

@@ -3,7 +3,8 @@
 TorchServe calls again and again with every request that is live; each call is one `round` here:
 vanished requests are cancelled, new ones let in, a few steps decoded, streams continued and
 finished requests answered. What may take long, a large request or its answer, is done a piece at a
-time: a round takes little longer than `round_ms`, whatever is asked.
+time, so that a round takes `round_ms` for decoding, and at most as long again for requests and for
+answers; parsing a body and writing its JSON are one piece.
 """
 
 import gc
@@ -117,7 +118,7 @@ class Service:
         length = self.options.round_ms / 1000
         until = started + length
         # What is new and small is let in before the first step, and answered after the last.
-        most, part = max(length, SLICE), max(PART * length, SLICE)
+        most, part = max(length / 2, SLICE), max(PART * length, SLICE)
         self.arrivals.advance(started + most, started + part)
         while True:
             if not self.engine.idle:
@@ -150,6 +151,9 @@ class Service:
                 self.arrivals.add(one.id, self.admitting(one, now))
         except Refusal as refusal:
             self.fail(one.id, refusal)
+        except Exception:
+            logger.exception("a request could not be read")
+            self.fail(one.id, internal_error())
 
     def described(self, path: str) -> Reply:
         if path == "card":
@@ -258,7 +262,7 @@ class Service:
             body, content_type = request.door.leave(answer), request.door.content_type
         else:
             news = []
-            for one in stream.news(pending.ended, self.committed):
+            for one in stream.news(pending.ended, self.engine.committed):
                 news.append(one)
                 yield
             body, content_type = "".join(news) + event(answer, "answer"), EVENTS
@@ -279,17 +283,13 @@ class Service:
         stream = pending.stream
         assert stream is not None
         try:
-            body = "".join(stream.news(pending.ended, self.committed))
+            body = "".join(stream.news(pending.ended, self.engine.committed))
         except Exception:
             logger.exception("a stream could not be continued")
             self.fail(pending.id, internal_error())
             return
         if body or not stream.opened:
             self.replies[pending.id] = Reply(200, EVENTS, body or ": open\n\n", "more")
-
-    def committed(self, sentence: int) -> list[int]:
-        """What is decided of a sentence that has not ended."""
-        return self.engine.committed(sentence) if self.engine.begun(sentence) else []
 
     def fail(self, key: str, refusal: Refusal) -> None:
         """End a request with an error."""
@@ -316,7 +316,6 @@ class Service:
             held.clear()
         self.arrivals.clear()
         self.answers.clear()
-        self.admission.reserved_of.clear()
         try:
             self.engine.clear()
         except Exception:  # what is left in it ends some time, and nobody is told
@@ -364,11 +363,17 @@ class Service:
         }
 
     def warm_up(self) -> None:
-        """Decode a little, so that no client pays for lazy initialisation."""
+        """Decode a little, so that no client pays for lazy initialisation.
+
+        Raises:
+            RuntimeError: the model does not decode.
+        """
         for length in (1, min(32, self.engine.model.max_source_length)):
             self.engine.admit([self.engine.model.eos_id] * length, DecodingOptions(max_length=4))
         while not self.engine.idle:
-            self.engine.advance()
+            for one in self.engine.advance():
+                if one.error is not None:
+                    raise RuntimeError(f"the model does not decode: {one.error}")
         gc.collect()
         gc.freeze()  # or each look at all that torch has made would stop everybody for 60 ms
 

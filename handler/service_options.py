@@ -17,7 +17,7 @@ class ServiceOptions:
         many are beside it; false is faster there, and says so in the log and the card.
     round_ms: milliseconds between two looks at new requests, and between two events of a stream.
         In them new requests are let in, those that take long for a quarter of the time, and the
-        rest is decoding; then one step more at most, on a GPU eight. A call costs the frontend
+        rest is decoding; then one step more at most, on a GPU four. A call costs the frontend
         2 ms and more, as it sends every live request anew: the longer a call, the less of it that
         is, and the longer a newcomer waits, half a round on average. With few requests at once 20
         is right everywhere. Where hundreds are live, as a GPU can serve, take three times what

@@ -179,8 +179,8 @@ bool check_advance() {
     Buffer<bool> over(n);
     for (long long i = 0; i < n; ++i) {
       double* fact = facts.pointer + i * FACTS;
-      fact[FREE] = draw(3), fact[BEST] = 1 + draw(static_cast<int>(k)), fact[HOPELESS] = -INFINITY;
-      fact[SHIFT] = 5, fact[SCALE] = 6, fact[LONGEST] = 2;
+      fact[MAY_END] = draw(3), fact[N_BEST] = 1 + draw(static_cast<int>(k)), fact[HOPELESS] = -INFINITY;
+      fact[SHIFT] = 5, fact[SCALE] = 6, fact[MAX_NORMALISER] = 2;
       longest.pointer[i] = room, over.pointer[i] = draw(4) == 0;
     }
     for (long long i = 0; i < n * k; ++i) {

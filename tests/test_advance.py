@@ -37,7 +37,7 @@ class Game:
             torch.zeros(n, dtype=whole), torch.ones(n, dtype=torch.bool), self.draw(99, n, k),
             torch.full((n, k), -INFINITY), torch.arange(k).repeat(n, 1), said,
         ]  # fmt: skip
-        self.plain[0][:, [Fact.BEST, Fact.SCALE]] = 1.0
+        self.plain[0][:, [Fact.N_BEST, Fact.SCALE]] = 1.0
         if k > 1:
             self.plain += [torch.full((n, k), -INFINITY, dtype=torch.double),
                            torch.full((n, k), -INFINITY), torch.zeros(n, k, dtype=whole),
@@ -52,14 +52,15 @@ class Game:
         made = min(made, self.room - 1)
         penalty = [0.0, 1.0] if self.equal else [0.0, 1.0, 0.6, 2.5]
         fact = dict.fromkeys(Fact, 0.0)
-        fact |= {Fact.FREE: made + int(self.draw(4, 1)), Fact.BEST: 1 + int(self.draw(self.k, 1)),
+        fact |= {Fact.MAY_END: made + int(self.draw(4, 1)),
+                 Fact.N_BEST: 1 + int(self.draw(self.k, 1)),
                  Fact.SHIFT: 5, Fact.SCALE: 6, Fact.HOPELESS: -INFINITY,
                  Fact.PENALTY: penalty[int(self.draw(len(penalty), 1))]}  # fmt: skip
         if int(self.draw(2, 1)):
             fact |= {Fact.SHIFT: 0, Fact.SCALE: 1}
         longest = made + 1 + int(self.draw(self.room - made, 1))
         lp = ((fact[Fact.SHIFT] + longest + 1) / fact[Fact.SCALE]) ** fact[Fact.PENALTY]
-        fact[Fact.LONGEST] = lp
+        fact[Fact.MAX_NORMALISER] = lp
         said = self.draw(99, self.k, self.room)
         for table in (self.plain, self.board):
             table[0][i] = torch.tensor([float(fact[one]) for one in Fact])

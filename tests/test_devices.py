@@ -11,7 +11,7 @@ from test_model import KINDS
 from handler.decoding import DecodingOptions
 from handler.decoding.cuda_runner import CudaRunner
 from handler.decoding.graphs import Called
-from handler.decoding.lane import Kind, Lane
+from handler.decoding.lane import Lane
 from handler.decoding.model import encode_batch
 from handler.decoding.scheduler import Plan
 from handler.decoding.sentence import Sentence
@@ -152,7 +152,8 @@ READS = {"sampling": 2, "n-grams": 3}  # places that read; of all others one
 
 
 def lane_of(model, members, runner):
-    lane = Lane(model, runner.vocabulary, Kind.of(members[0], runner.vocabulary), runner.memory)
+    kind = runner.kind_of(members[0])._replace(plain=False)
+    lane = Lane(model, runner.vocabulary, kind, runner.memory)
     lane.add(members, *encoded(model, members))
     return lane
 

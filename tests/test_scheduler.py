@@ -202,8 +202,24 @@ def test_waiting_sentences_are_counted_by_caller():
     assert scheduler.waiting_of == {"a": 3}
     scheduler.cancel(waiting[0].id)
     assert scheduler.waiting_of == {"a": 2}
-    scheduler.clear()
+    for one in list(scheduler.tickets):
+        scheduler.cancel(one)
     assert (dict(scheduler.waiting_of), scheduler.rows_in_use, scheduler.idle) == ({}, 0, True)
+
+
+def test_who_was_cancelled_is_not_held_for_ever():
+    """One that is live and has an early deadline, beside clients that come and leave."""
+    scheduler = Scheduler(1)
+    entered(scheduler, 1, deadline=5.0)
+    for _ in range(40):
+        crowd = [sentence() for _ in range(500)]
+        for behind, one in enumerate(crowd):
+            scheduler.admit(one, behind=behind, deadline=3600.0)
+        for one in crowd:
+            scheduler.cancel(one.id)
+    assert scheduler.queue.size <= 2000
+    assert sum(len(line.waiting) for line in scheduler.queue.interactive.lines.values()) <= 2000
+    assert len(scheduler.deadlines) <= 4000
 
 
 @settings(max_examples=60)

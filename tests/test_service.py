@@ -205,7 +205,7 @@ ALONE = [  # what fails there concerns one request
     *(f"engine.{name}" for name in ("admit", "check", "committed")),
     *(f"narrator.{name}" for name in ("answer", "told", "source.encode", "target.decode")),
     *(f"admission.{name}" for name in ("check", "enter", "reserve", "tokens", "prefix")),
-    *("last", "committed"),
+    "last",
 ]
 PLACES = [
     *ALONE,

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handler.decoding.constraints import CONSTRAINTS
+from handler.decoding.constraints import CONSTRAINTS, NEVER
 from handler.decoding.rows import Moves, filled, joined, padded, put, sent
 from handler.decoding.sampling import Draws
 from handler.decoding.sentence import Sentence
 
-NEVER = float("-inf")
 LEAST_ROOM = 16  # target tokens
 
 
@@ -29,14 +28,14 @@ class Fact(IntEnum):
     """
 
     BEGAN = 0  # the lane's clock when the sentence came
-    FREE = 1  # the clock from which on it may end
-    BEST = 2  # hypotheses that are answered
+    MAY_END = 1  # the clock from which on it may end
+    N_BEST = 2  # hypotheses that are answered
     SOURCE = 3  # source tokens
     SHIFT = 4
     SCALE = 5
     PENALTY = 6
     COVERAGE = 7  # the coverage penalty
-    LONGEST = 8  # lp of the longest hypothesis
+    MAX_NORMALISER = 8  # lp of the longest hypothesis
     HOPELESS = 9  # the log probability at and below which none can come among the best any more
 
 
@@ -44,7 +43,7 @@ class Fact(IntEnum):
 class Columns:
     """N sentences of K hypotheses each.
 
-    facts: double [N, 10].
+    facts: double [N, F], a column for each `Fact`.
     previous: int64 [N, K], the last token. scores: [N, K], log probabilities, best first, and -inf
         where there is no hypothesis; the last logits where nobody asked for more.
     parents: int64 [N, K], in 0..K-1: the place that each hypothesis had before the last step,
@@ -100,7 +99,7 @@ class Attention:
     covered: Tensor
 
 
-def begun(
+def new_columns(
     sentences: Sequence[Sentence], clock: int, width: int, dtype: torch.dtype,
     device: torch.device, *, bos: int, attends: bool, samples: bool,
 ) -> Columns:  # fmt: skip
@@ -118,7 +117,7 @@ def begun(
     return Columns(
         facts=facts_of(sentences, clock, device),
         previous=torch.full((n, width), bos, device=device),
-        scores=first(torch.empty((n, width), dtype=dtype, device=device), None),
+        scores=reset_scores(torch.empty((n, width), dtype=dtype, device=device), None),
         parents=torch.arange(width, device=device).repeat(n, 1),
         tokens=none,
         asked=asked_by(sentences, device),
@@ -128,7 +127,7 @@ def begun(
     )
 
 
-def begin(
+def overwrite(
     columns: Columns, places: list[int], at: int | Tensor, sentences: Sequence[Sentence],
     clock: int, bos: int,
 ) -> Columns:  # fmt: skip
@@ -137,7 +136,7 @@ def begin(
     device, width = columns.facts.device, columns.previous.size(1)
     columns.facts[at] = facts_of(sentences, clock, device)
     filled(columns.previous, at, bos)
-    first(columns.scores, at)
+    reset_scores(columns.scores, at)
     if columns.finished is not None:
         columns.parents[at] = torch.arange(width, device=device)
         filled(columns.finished.scores, at, NEVER)
@@ -155,7 +154,7 @@ def begin(
     return dataclasses.replace(columns, asked=asked, attention=attention, draws=draws)
 
 
-def first(scores: Tensor, at: int | Tensor | None) -> Tensor:
+def reset_scores(scores: Tensor, at: int | Tensor | None) -> Tensor:
     """`scores` [N, K], in rows `at` those of sentences that begin, None for all: the other
     hypotheses are not there yet."""
     if at is None:
@@ -175,6 +174,11 @@ def wide_enough(attention: Attention, source: int) -> Attention:
         paid=padded(attention.paid, [*attention.paid.shape[:3], source]),
         covered=padded(attention.covered, [*attention.covered.shape[:2], source]),
     )
+
+
+def score_type(state: list[Tensor]) -> torch.dtype:
+    """Of log probabilities: the model's own, but no less than single precision."""
+    return torch.double if state[0].dtype is torch.double else torch.float
 
 
 def facts_of(sentences: Sequence[Sentence], clock: int, device: torch.device) -> Tensor:
@@ -203,12 +207,12 @@ def ragged(rows: list[list[float]], device: torch.device) -> Tensor:
     return sent(rows, device, torch.double)
 
 
-def both(columns: Columns, added: Columns) -> Columns:
+def appended(columns: Columns, added: Columns) -> Columns:
     """The rows of both, as new tensors; neither is changed."""
     return mapped(joined, columns, added)
 
 
-def closed(columns: Columns, moves: Moves) -> Columns:
+def compacted(columns: Columns, moves: Moves) -> Columns:
     """What is left after the moves; the memory of `columns` is written."""
     return mapped(lambda table, _: moves.close(table), columns, columns)
 

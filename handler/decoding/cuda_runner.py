@@ -23,12 +23,12 @@ from handler.decoding.model import encode_batch
 from handler.decoding.runner import Runner
 from handler.decoding.scheduler import Report
 from handler.decoding.sentence import Event, Sentence
-from handler.decoding.static_lane import Sizes, StaticLane
+from handler.decoding.static_lane import Sizes, StaticLane, whole_tiles
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 1  # blocks that are enqueued before the one before them is read
-BLOCK = 4  # steps
+BLOCKS_AHEAD = 1  # that are enqueued before the one before them is read
+BLOCK_STEPS = 4
 TILE = 64  # rows; below that a product takes as long as its weights take to be read
 FEWEST_ROWS = 64
 MOST_ROWS = 1024  # that `rows: auto` chooses; on an H100 more made no more tokens a second
@@ -76,7 +76,8 @@ class CudaRunner(Runner):
             recorder = recorder or CudaGraphs(device)
             self.static = {
                 width: StaticLane(
-                    model, self.vocabulary, Kind(width, False, True, False),
+                    model, self.vocabulary,
+                    Kind(width, samples=False, plain=True, attends=False),
                     Sizes(rows // width, model.max_source_length, model.max_target_length),
                     self.memory, (state, memory.attended), recorder, TILE,
                 )
@@ -93,7 +94,7 @@ class CudaRunner(Runner):
         )  # fmt: skip
 
     def settle_tiles(self, lane: StaticLane, tiles: bool) -> None:
-        """Let a lane compute rows in tiles, where they would depend on their number else."""
+        """Compute in tiles if a row's logits would otherwise depend on how many rows there are."""
         if lane.is_invariant():
             return
         if tiles:
@@ -109,12 +110,17 @@ class CudaRunner(Runner):
         )
 
     def kind_of(self, sentence: Sentence) -> Kind:
-        plain = Kind.of(sentence, self.vocabulary._replace(fused=True))
-        fixed = plain.fused and not plain.attends and plain.width in self.static
-        return plain if fixed else plain._replace(fused=False)
+        kind = Kind.of(sentence)
+        recorded = kind.plain and not kind.attends and kind.width in self.static
+        return kind if recorded else kind._replace(plain=False)
 
     def lane_for(self, kind: Kind) -> Any:
-        return self.static[kind.width] if kind.fused else super().lane_for(kind)
+        return self.static[kind.width] if kind.plain else super().lane_for(kind)
+
+    def clear(self) -> None:
+        super().clear()
+        for lane in self.static.values():
+            lane.reset()
 
     def forget(self, lane: Lane | StaticLane) -> None:
         super().forget(lane)
@@ -135,11 +141,12 @@ class CudaRunner(Runner):
         return memory, state
 
     def run(self, steps: int, until: float = math.inf) -> Report:
-        """A block of steps of every sentence in rows; what was told of the block before."""
+        """Enqueue a block of steps for every sentence in rows, and report what the block before
+        led to. A block is short: `until` is the caller's to look at."""
         fresh, self.fresh = self.fresh, []
         events: list[Event] = []
         self.rest()
-        steps = min(steps, BLOCK)
+        steps = min(steps, BLOCK_STEPS)
         for lane in list(self.lanes.values()):
             if isinstance(lane, StaticLane):
                 events += self.fly(lane, steps)
@@ -148,8 +155,10 @@ class CudaRunner(Runner):
             for _ in range(steps):
                 if lane.kind in self.lanes and lane.place:
                     events += self.step(lane)
-        began = [one for one in fresh if one in self.lane_of and self.has_begun(one)]
-        self.fresh += [one for one in fresh if one in self.lane_of and one not in began]
+        began: list[int] = []
+        for one in fresh:
+            if one in self.lane_of:
+                (began if self.has_begun(one) else self.fresh).append(one)
         return Report(steps, began, events)
 
     def has_begun(self, sentence: int) -> bool:
@@ -160,7 +169,7 @@ class CudaRunner(Runner):
 
     def fly(self, lane: StaticLane, steps: int) -> list[Event]:
         """Enqueue a block, and read the one before."""
-        done, errors = guarded(lane.place, lane.ahead, steps, AHEAD)
+        done, errors = guarded(lane.place, lane.ahead, steps, BLOCKS_AHEAD)
         if done is None:
             self.forget(lane)
             return errors
@@ -171,17 +180,20 @@ class CudaRunner(Runner):
         return read or errors
 
     def largest_memory(self, rows: int) -> int:
-        return super().largest_memory(rows) + static_bytes(self.model, rows, [*self.static])
+        static = static_bytes(self.model, self.device, rows, [*self.static])
+        return super().largest_memory(rows) + static
 
 
 @torch.inference_mode()
-def static_bytes(model: Any, rows: int, widths: Sequence[int]) -> int:
+def static_bytes(
+    model: Any, device: torch.device, rows: int, widths: Sequence[int]
+) -> int:
     """Bytes of the static lanes, beside the weights, with the temporaries of their largest step:
 
     - of each place the state, the longest source, and the board (`static_search.Board`);
     - of each row in a step logits in two formats, and its state twice more.
     """
-    memory, state = encode_batch(model, [[model.eos_id]], model_device(model))
+    memory, state = encode_batch(model, [[model.eos_id]], device)
     of_state = sum(t.nbytes for t in state)
     attended = sum(t.nbytes for t in memory.attended) * model.max_source_length
     room = model.max_target_length + 1
@@ -191,15 +203,9 @@ def static_bytes(model: Any, rows: int, widths: Sequence[int]) -> int:
         board = 8 * (len(Fact) + 3 + width * (tables * room + 6))
         place = width * of_state + attended + board
         step = width * (model.target_vocabulary * (4 + state[0].element_size()) + 2 * of_state)
-        total += rows // width * (place + step)
+        places, _ = whole_tiles(rows // width, width, TILE)
+        total += places * (place + step)
     return total
-
-
-def model_device(model: Any) -> torch.device:
-    found: Tensor | None = next(iter(model.parameters()), None) if hasattr(
-        model, "parameters"
-    ) else None
-    return torch.device("cpu") if found is None else found.device
 
 
 def check_memory(model: Any, device: torch.device, rows: int, widths: list[int]) -> None:
@@ -207,7 +213,7 @@ def check_memory(model: Any, device: torch.device, rows: int, widths: list[int])
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
-    needed = static_bytes(model, rows, widths)
+    needed = static_bytes(model, device, rows, widths)
     if needed > free:
         raise ValueError(
             f"handler.rows: got {rows}, which take {needed / 1e6:,.0f} MB for beams of {widths}; "
@@ -223,6 +229,6 @@ def rows_for(model: Any, device: torch.device, widths: Sequence[int]) -> int:
         return FEWEST_ROWS
     free, _ = torch.cuda.mem_get_info(device)
     rows = MOST_ROWS
-    while rows > FEWEST_ROWS and static_bytes(model, rows, widths) > SPARE * free:
+    while rows > FEWEST_ROWS and static_bytes(model, device, rows, widths) > SPARE * free:
         rows //= 2
     return rows

@@ -21,7 +21,7 @@ from handler.decoding.scheduler import Scheduler
 from handler.decoding.sentence import Event, Sentence
 from handler.decoding.turns import Caller
 
-STEPS = 16  # that callers ask for at once, between two looks of theirs at what has ended
+STEPS = 16  # that a caller asks for in one call of `advance`
 
 
 class Engine:
@@ -94,7 +94,7 @@ class Engine:
         self.scheduler.admit(sentence, caller, bulk, behind, due)
         return sentence.id
 
-    def check(self, source: Sequence[int], options: DecodingOptions, prefix: int = 0) -> int:
+    def check(self, source: Sequence[int], options: DecodingOptions, prefix_length: int = 0) -> int:
         """The most target tokens that a sentence will have; see `admit` for what is raised."""
         limit, longest = self.model.max_source_length, self.model.max_target_length
         if not 1 <= len(source) <= limit:
@@ -117,10 +117,12 @@ class Engine:
                 )
         asked = options.max_length
         if asked is None:
-            asked = max(3 * len(source) + 10, options.min_length, prefix)
+            asked = max(3 * len(source) + 10, options.min_length, prefix_length)
         most = min(asked, longest)
-        if prefix > most:
-            raise ValueError(f"prefix: got {prefix} tokens; allowed: at most max_length, {most}")
+        if prefix_length > most:
+            raise ValueError(
+                f"prefix: got {prefix_length} tokens; allowed: at most max_length, {most}"
+            )
         return most
 
     @torch.inference_mode()
@@ -130,16 +132,15 @@ class Engine:
             self.runner.apply(self.scheduler.plan(self.clock(), fresh=True)[0])
             self.runner.rest()
 
-    def clear(self) -> list[int]:
-        """Forget every sentence, and all that is held for any; the ids of those."""
+    def clear(self) -> None:
+        """Forget every sentence, and all that is held for any."""
+        self.scheduler = Scheduler(self.capacity)
         self.runner.clear()
-        forgotten = self.scheduler.clear()
-        self.scheduler.dropped.clear()
-        return forgotten
 
     @property
     def invariant(self) -> bool:
-        """Whether a sentence has the same bits in any company, as far as a start can tell."""
+        """Whether recorded steps gave the same logits, to the bit, however many rows were computed.
+        Encoding, and what is not recorded, is not tested. True on a CPU."""
         return self.runner.invariant
 
     @property
@@ -160,9 +161,13 @@ class Engine:
 
     @property
     def began(self) -> list[int]:
-        """Ids of sentences that got their first token in the last call of `advance`, whether or not
-        they have ended since."""
+        """Ids of sentences that got their first token in the last call of `advance`. One that also
+        ended before a runner reported it is named by its event alone."""
         return self.scheduler.began
+
+    def waiting_of(self, caller: str) -> int:
+        """Sentences of a caller that have no rows yet."""
+        return self.scheduler.waiting_of[caller]
 
     def begun(self, sentence: int) -> bool:
         """Whether a sentence that has not ended has a token."""
@@ -176,8 +181,8 @@ class Engine:
 
     @torch.inference_mode()
     def advance(self, steps: int = 1, until: float = math.inf) -> list[Event]:
-        """Fill free rows from the queue and decode up to `steps` tokens of every live sentence;
-        fewer, but one, where the clock comes to `until` before.
+        """Fill free rows from the queue and decode up to `steps` tokens of every live sentence. It
+        stops once the clock reaches `until`, but makes at least one step.
 
         A failure of the model (out of memory, say) ends the sentences it was working on, each
         with its error, and leaves the engine usable.
@@ -203,5 +208,3 @@ class Engine:
     def largest_memory(self) -> int:
         """Bytes that decoding takes at most, beside the weights, with every row in use."""
         return self.runner.largest_memory(self.capacity)
-
-

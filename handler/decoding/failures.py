@@ -11,8 +11,9 @@ from handler.decoding.sentence import Event, failed
 logger = logging.getLogger(__name__)
 
 Given = TypeVar("Given")
-# What torch says of a device that has no memory left; it can go on.
-PASSING = ("out of memory", "ALLOC_FAILED")
+# What torch says of a device that can go on: no memory is left, or a call was wrong.
+PASSING = ("out of memory", "ALLOC_FAILED", "NOT_SUPPORTED", "INVALID_VALUE", "invalid argument",
+           "invalid configuration", "invalid device function")
 
 
 class DeviceLost(BaseException):
@@ -35,7 +36,9 @@ def guarded(
         return work(*arguments), []
     except Exception as error:
         if is_lost(error):
-            raise DeviceLost(str(error).partition("\n")[0]) from error
+            lines = str(error).splitlines()
+            told = next((line for line in lines if "CUDA" in line), "".join(lines[:1]))
+            raise DeviceLost(told.strip()) from error
         events = [failed(one, error) for one in ids]
         logger.exception("decoding failed for %d sentences", len(events))
         return None, events
@@ -46,4 +49,5 @@ def is_lost(error: Exception) -> bool:
     if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return False
     text = str(error)
-    return "CUDA error" in text and not any(one in text for one in PASSING)
+    named = any(one in text for one in ("CUDA error", "CUDA: ", "cuDNN error"))
+    return named and not any(one in text for one in PASSING)

@@ -16,8 +16,8 @@ class Recorder(Protocol):
     """How functions of tensors at fixed addresses are recorded."""
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
-        """What computes `function` again from what it reads, into what it writes. The function has
-        run some times then.
+        """A function that repeats what `function` does, on the same memory. `function` has been run
+        a few times by then.
 
         Raises:
             RuntimeError: it cannot be recorded; nothing is left of the try.

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from handler.decoding.columns import (
-    NEVER,
     Columns,
     Fact,
-    begin,
-    begun,
-    both,
-    closed,
+    appended,
+    compacted,
     fitted,
+    new_columns,
+    overwrite,
+    score_type,
 )
-from handler.decoding.constraints import CONSTRAINTS, PREFIX, Constraint
+from handler.decoding.constraints import CONSTRAINTS, NEVER, PREFIX, Constraint
 from handler.decoding.reading import answers, committed
 from handler.decoding.rows import Moves, Reserve, sent
 from handler.decoding.sampling import draw
@@ -69,37 +69,37 @@ class Vocabulary(NamedTuple):
 class Kind(NamedTuple):
     """What the sentences of a lane have in common.
 
-    width: K. samples: tokens are drawn. fused: the model chooses the best tokens of each row
-    itself (`FusedModel.best`), which constraints that need all logits rule out. attends: attention
-    is read.
+    width: K. samples: tokens are drawn. plain: no option needs all logits, so the best few of each
+    row are enough, and a model or a step that chooses them itself will do. attends: attention is
+    read.
     """
 
     width: int
     samples: bool
-    fused: bool
+    plain: bool
     attends: bool
 
     @classmethod
-    def of(cls, sentence: Sentence, vocabulary: Vocabulary) -> "Kind":
+    def of(cls, sentence: Sentence) -> "Kind":
         o = sentence.options
-        fused = vocabulary.fused and not o.sampling
-        if fused:
-            fused = all(way.chosen or not way.asked(sentence) for way in CONSTRAINTS)
-        return cls(o.beam_size, o.sampling, fused, o.reads_attention)
+        plain = not o.sampling and all(
+            one.chosen or not one.asked(sentence) for one in CONSTRAINTS
+        )
+        return cls(o.beam_size, o.sampling, plain, o.reads_attention)
 
 
 class Lane:
     """N sentences of K hypotheses each.
 
     Args:
-        model: a `SequenceModel`; a `FusedModel` where the lane is fused.
+        model: a `SequenceModel`; a `FusedModel` where the lane is plain.
         empty: an empty memory of the model's own type.
     """
 
     columns: Columns
     attended: Reserve
     memory: Any
-    ways: list[tuple[Constraint, Tensor]]  # what any sentence asks for
+    active: list[tuple[Constraint, Tensor]]  # what any sentence asks for
 
     def __init__(self, model: Any, vocabulary: Vocabulary, kind: Kind, empty: Any) -> None:
         self.model = model
@@ -111,14 +111,15 @@ class Lane:
         self.place: dict[int, int] = {}  # by id, who came first before
         self.began: dict[int, int] = {}  # on the clock, by id
         self.vacant: list[int] = []  # places whose sentence has left
-        self.long: dict[int, list[int]] = {}  # ids, by the clock at which they are long enough
+        self.due_at: dict[int, list[int]] = {}  # ids, by the clock at which they are long enough
         self.sources: Counter[int] = Counter()  # sentences by the length of their source
         self.asking = [0] * len(CONSTRAINTS)  # sentences that ask for each
         self.scored = 0  # sentences of which log probabilities are needed
-        self.frees: Counter[int] = Counter()  # sentences, by the clock from which on they may end
-        self.held: Tensor | None = None  # see `short`
-        self.full = True  # whether every sentence has all K hypotheses
-        self.limited = False  # whether a finished hypothesis may have made any hopeless
+        # When, on the clock, a sentence comes to its minimum length.
+        self.min_length_clocks: set[int] = set()
+        self.too_short: Tensor | None = None  # see `short`
+        self.all_present = True  # whether every sentence has all K hypotheses
+        self.limited = False  # from the first hypothesis that finishes on
         self.state: list[Tensor] = []  # [N*K, ...]
         self.log: list[Said] = []  # of the last steps, not yet in `columns`
         self.stale = True  # whether `memory` is not that of the sentences
@@ -145,53 +146,53 @@ class Lane:
                 some = places[:reused]
                 at = some[0] if reused == 1 else sent(some, columns.facts.device)
                 bos = self.vocabulary.bos
-                columns = begin(columns, some, at, sentences[:reused], self.clock, bos)
+                columns = overwrite(columns, some, at, sentences[:reused], self.clock, bos)
                 for table, new in zip(tables, wide):
                     table.view(count, width, *table.shape[1:])[at] = new[:reused]
             if behind:
-                columns = both(columns, self.new(sentences[reused:], state))
+                columns = appended(columns, self.new(sentences[reused:], state))
                 tables = [
                     torch.cat([table, new[reused:].flatten(0, 1)])
                     for table, new in zip(tables, wide)
                 ]
         reserve = reserve.put(places, attended)
         self.columns, self.attended, self.state, self.stale = columns, reserve, tables, True
-        self.full = width == 1
+        self.all_present = width == 1
         del self.vacant[:reused]
         self.sentences += sentences[reused:]
         for place, one in zip(places, sentences):
             self.sentences[place] = one
             self.place[one.id] = place
             self.began[one.id] = self.clock
-            self.count(one, 1)
-            self.long.setdefault(self.clock + one.max_length, []).append(one.id)
+            self.tally(one, 1)
+            self.due_at.setdefault(self.clock + one.max_length, []).append(one.id)
             if one.options.min_length:
-                self.frees[self.clock + one.options.min_length] += 1
+                self.min_length_clocks.add(self.clock + one.options.min_length)
 
     def new(self, sentences: Sequence[Sentence], state: list[Tensor]) -> Columns:
-        return begun(
+        return new_columns(
             sentences, self.clock, self.kind.width,
-            torch.double if state[0].dtype is torch.double else torch.float,
+            score_type(state),
             self.vocabulary.never.device,
             bos=self.vocabulary.bos, attends=self.kind.attends, samples=self.kind.samples,
         )  # fmt: skip
 
-    def count(self, sentence: Sentence, one: int) -> None:
+    def tally(self, sentence: Sentence, one: int) -> None:
         """Note what a sentence makes its lane do, or (-1) that it has left."""
         self.sources[len(sentence.source)] += one
         if not self.sources[len(sentence.source)]:
             del self.sources[len(sentence.source)]
         self.scored += one * sentence.scored
-        if not self.kind.fused:
-            for i, way in enumerate(CONSTRAINTS):
-                self.asking[i] += one * bool(way.asked(sentence))
+        if not self.kind.plain:
+            for i, one_of in enumerate(CONSTRAINTS):
+                self.asking[i] += one * bool(one_of.asked(sentence))
 
     def remove(self, ids: Sequence[int]) -> None:
         """Sentences leave; their places are vacant."""
         for one in ids:
             place = self.place.pop(one)
             del self.began[one]
-            self.count(self.sentences[place], -1)
+            self.tally(self.sentences[place], -1)
             self.vacant.append(place)
         self.stale = True
 
@@ -201,7 +202,7 @@ class Lane:
         self.vacant.sort()
         count, width = len(self.sentences), self.kind.width
         moves = Moves.without(self.vacant, count)
-        columns = closed(self.columns, moves)
+        columns = compacted(self.columns, moves)
         state = [
             moves.close(t.view(count, width, *t.shape[1:])).flatten(0, 1) for t in self.state
         ]
@@ -233,7 +234,7 @@ class Lane:
             self.close_up()
         if self.stale:
             self.refresh()
-        elif self.clock in self.frees:
+        elif self.clock in self.min_length_clocks:
             self.hold()
         state, width = self.state, self.kind.width
         if width > 1:
@@ -250,25 +251,24 @@ class Lane:
         ended = self.choose_one(offer) if width == 1 else self.choose_many(offer)
         self.clock += 1
         ids = [self.sentences[place].id for place in ended]
-        long = [one for one in self.long.pop(self.clock, ()) if one in self.place]
-        return list(dict.fromkeys([*ids, *long])) if long else ids
+        due = [one for one in self.due_at.pop(self.clock, ()) if one in self.place]
+        return list(dict.fromkeys([*ids, *due])) if due else ids
 
     def refresh(self) -> None:
         """Look again at who is there."""
         self.memory = self.empty._replace(attended=self.attended.live(max(self.sources)))
-        self.ways = [
-            (way, self.columns.asked[i]) for i, way in enumerate(CONSTRAINTS) if self.asking[i]
+        self.active = [
+            (one, self.columns.asked[i]) for i, one in enumerate(CONSTRAINTS) if self.asking[i]
         ]
         self.hold()
         self.stale = False
 
     def hold(self) -> None:
         """Find out who must not end yet."""
-        self.held = None
-        if self.frees and max(self.frees) > self.clock:
-            self.held = (self.columns.fact(Fact.FREE) > self.clock).unsqueeze(1)
-        for clock in [one for one in self.frees if one <= self.clock]:
-            del self.frees[clock]
+        self.too_short = None
+        self.min_length_clocks = {clock for clock in self.min_length_clocks if clock > self.clock}
+        if self.min_length_clocks:
+            self.too_short = (self.columns.fact(Fact.MAY_END) > self.clock).unsqueeze(1)
 
     def choose_one(self, offer: Offer) -> list[int]:
         """Go on with the tokens that are offered; the places of those that do not."""
@@ -283,7 +283,7 @@ class Lane:
     def choose_many(self, offer: Offer) -> list[int]:
         """Go on with the best of the continuations; the places of those where none can win."""
         width, columns = self.kind.width, self.columns
-        found = candidates(columns, offer, self.vocabulary.eos, self.full)
+        found = candidates(columns, offer, self.vocabulary.eos, self.all_present)
         scores, parents, tokens = (t[:, :width] for t in found[:3])
         quiet = math.isfinite(scores.masked_fill(found.ends[:, :width], NEVER).sum().item())
         if not quiet:
@@ -291,7 +291,7 @@ class Lane:
             columns = finishing(self.columns, found, self.made(), width)
             scores, parents, tokens = going_on(found, width)
             self.limited = True
-        self.full = quiet
+        self.all_present = quiet
         attention = columns.attention
         if attention is not None:
             covered = of_parents(attention.covered, parents)
@@ -311,7 +311,7 @@ class Lane:
         """A step of the model: what it offers, and the new state."""
         columns, width = self.columns, self.kind.width
         count = min(2 * width, self.vocabulary.size) if width > 1 else 1
-        if self.kind.fused:
+        if self.kind.plain:
             return self.chosen(state, count)
         logits, state, paid = self.model.step(columns.previous, state, self.memory)
         normaliser, logits = self.allowed(logits)
@@ -325,7 +325,7 @@ class Lane:
     def chosen(self, state: list[Tensor], count: int) -> tuple[Offer, list[Tensor]]:
         """The same of a model that chooses itself: one more token where EOS may be among them and
         must not."""
-        scored, short = self.scored > 0, self.held
+        scored, short = self.scored > 0, self.too_short
         more = count if short is None else count + 1
         values, tokens, normaliser, state, paid = self.model.best(
             self.columns.previous, state, self.memory, more, scored
@@ -345,13 +345,13 @@ class Lane:
                 some = some.scatter(1, named, some.gather(1, named) | (due >= 0).unsqueeze(1))
             logits.masked_fill_(~some.unsqueeze(1), NEVER)
         logits.index_fill_(2, self.vocabulary.never, NEVER)
-        for way, asked in self.ways:
-            if way.probable:
-                logits = way.apply(logits, asked, self)
+        for constraint, asked in self.active:
+            if constraint.probable:
+                logits = constraint.apply(logits, asked, self)
         normaliser = normalisers(logits) if self.scored else None
-        for way, asked in self.ways:
-            if not way.probable:
-                logits = way.apply(logits, asked, self)
+        for constraint, asked in self.active:
+            if not constraint.probable:
+                logits = constraint.apply(logits, asked, self)
         return normaliser, logits
 
     # What constraints look at
@@ -361,7 +361,7 @@ class Lane:
         return self.vocabulary.eos
 
     def short(self) -> Tensor | None:
-        return self.held
+        return self.too_short
 
     def due(self) -> Tensor | None:
         if not self.asking[PREFIX_PLACE]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handler.decoding.columns import NEVER, Columns, Fact
+from handler.decoding.columns import Columns, Fact
+from handler.decoding.constraints import NEVER
 from handler.decoding.search import coverage, scored
 from handler.decoding.sentence import NO_TOKEN, NOT_FINITE, Event, Reason, Result, Sentence
 

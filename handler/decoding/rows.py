@@ -83,7 +83,8 @@ def padded(table: Tensor, shape: list[int]) -> Tensor:
 @dataclass(frozen=True)
 class Reserve:
     """Large tables [N, S, ...] that share N and S, with room to grow, so that who comes costs no
-    copy of the others. Zeros fill up S. A table is at most four times as large as it need be.
+    copy of the others. Zeros fill up S, which is that of the longest source until the lane is
+    empty. A table has room for at most four times as many rows as it need have.
 
     count: rows that are used.
     """
@@ -102,7 +103,7 @@ class Reserve:
             return self
         count, length = max(self.count, max(places) + 1), given[0].size(1)
         larger = [self.fitting(t, count, length) for t in self.tables]
-        at: slice | Tensor = slice(0)
+        at: slice | Tensor
         if places == list(range(places[0], places[0] + len(places))):
             at = slice(places[0], places[0] + len(places))
         else:
@@ -129,7 +130,7 @@ class Reserve:
             moves.close(table[: self.count])
         tables = self.tables
         if tables and 4 * moves.kept < tables[0].size(0):
-            # A sentence of unusual length does not set the size for ever, nor does a crowd.
+            # A crowd does not set the size for ever.
             tables = [t[: 2 * moves.kept].clone() for t in tables]
         return Reserve(tables, moves.kept)
 

@@ -88,11 +88,8 @@ class Runner:
         del self.lanes[lane.kind]
 
     def clear(self) -> None:
-        """Forget everybody."""
-        for lane in list(self.lanes.values()):
-            self.forget(lane)
-        self.encoded.clear()
-        self.fresh.clear()
+        """Begin anew, whatever state this is in."""
+        self.lanes, self.lane_of, self.encoded, self.fresh = {}, {}, {}, []
 
     def rest(self) -> None:
         """Give back the memory of lanes that are empty."""
@@ -169,7 +166,8 @@ class Runner:
 
     def kind_of(self, sentence: Sentence) -> Kind:
         """The kind of lane that a sentence belongs in."""
-        return Kind.of(sentence, self.vocabulary)
+        kind = Kind.of(sentence)
+        return kind if self.vocabulary.fused else kind._replace(plain=False)
 
     def lane_for(self, kind: Kind) -> Any:
         return self.lanes.get(kind) or Lane(self.model, self.vocabulary, kind, self.memory)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from handler.decoding.sentence import Event, Sentence, unbegun
 from handler.decoding.turns import Caller, Queue, Status, Ticket
 
+MANY = 1024  # entries of ended sentences, from which on they are looked for and forgotten
 ENCODED_AHEAD = 16  # sentences; encoding one takes nearly as long as encoding several
 
 
@@ -80,6 +81,9 @@ class Scheduler:
         self.queue.add(ticket)
         if deadline < math.inf:
             heapq.heappush(self.deadlines, (deadline, sentence.id))
+            if len(self.deadlines) > 2 * len(self.tickets) + MANY:
+                self.deadlines = [one for one in self.deadlines if one[1] in self.tickets]
+                heapq.heapify(self.deadlines)
 
     def cancel(self, sentence: int) -> bool:
         """Forget a sentence, whose rows are free from now on; whether there was one."""
@@ -89,6 +93,8 @@ class Scheduler:
         if ticket.status is not Status.WAITING:
             self.dropped.append(sentence)
         self.move(ticket, Status.ENDED)
+        if self.queue.size > 2 * self.count[Status.WAITING] + MANY:
+            self.queue.prune()
         return True
 
     def move(self, ticket: Ticket, status: Status) -> None:
@@ -210,10 +216,3 @@ class Scheduler:
             if ticket is not None:
                 self.move(ticket, Status.ENDED)
                 yield event
-
-    def clear(self) -> list[int]:
-        """Forget every sentence; the ids of those."""
-        forgotten = list(self.tickets)
-        for sentence in forgotten:
-            self.cancel(sentence)
-        return forgotten

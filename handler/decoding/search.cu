@@ -5,7 +5,7 @@ constexpr int MOST_BEAM = 64;
 constexpr int ROOM = MOST_BEAM * MOST_BEAM;  // keys of the lists of `advance_beam`, or tokens
 
 enum Fact {  // as in columns.py
-  BEGAN, FREE, BEST, SOURCE, SHIFT, SCALE, PENALTY, COVERAGE, LONGEST, HOPELESS, FACTS
+  BEGAN, MAY_END, N_BEST, SOURCE, SHIFT, SCALE, PENALTY, COVERAGE, MAX_NORMALISER, HOPELESS, FACTS
 };
 
 // K = 1. A thread for each sentence.
@@ -17,7 +17,7 @@ __global__ void advance_one(const float* values, const long long* tokens, const 
   const long long n = blockIdx.x * (long long)blockDim.x + threadIdx.x;
   if (n >= sentences || over[n]) return;
   const long long have = made[n];
-  const bool left_out = facts[n * FACTS + FREE] > have && tokens[n * choices] == eos;
+  const bool left_out = facts[n * FACTS + MAY_END] > have && tokens[n * choices] == eos;
   const long long token = tokens[n * choices + left_out];
   const float total = scores[n] - normaliser[n] + values[n * choices + left_out];
   said[n * room + (have < room ? have : room - 1)] = token;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int i = thread; i < k; i += threads) left_out[i] = offered + 1;
   if (thread == 0) hopeless = facts[HOPELESS];
   __syncthreads();
-  if (facts[FREE] > have) {
+  if (facts[MAY_END] > have) {
     for (int i = thread; i < k * (offered + 1); i += threads)
       if (tokens[i] == eos) left_out[i / (offered + 1)] = i % (offered + 1);
   }
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(THREADS)
       if (rank >= k) continue;
       from[rank] = i < k ? ended_said + i * room : said + parent[i - k] * room;
       ended_scores[rank] = score[i], ended_sums[rank] = sum[i], ended_made[rank] = length[i];
-      if (rank + 1 == static_cast<int>(facts[BEST])) hopeless = score[i] * facts[LONGEST];
+      if (rank + 1 == static_cast<int>(facts[N_BEST])) hopeless = score[i] * facts[MAX_NORMALISER];
     }
     __syncthreads();
     gather_tokens(from, ended_said, k, written, room, scratch.tokens);

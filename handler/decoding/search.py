@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from handler.decoding.columns import NEVER, Attention, Columns, Fact, Finished
+from handler.decoding.columns import Attention, Columns, Fact, Finished
+from handler.decoding.constraints import NEVER
 from handler.decoding.rows import padded
-
-LEAST = 1e-10  # of coverage; nothing is attended to exactly 0
+from handler.decoding.sentence import LEAST_PAID
 
 
 class Offer(NamedTuple):
@@ -154,11 +154,11 @@ def finished_of(
         of_parents(tokens, order),
         of_parents(origins, order),
     )
-    last = columns.fact(Fact.BEST).long().unsqueeze(1) - 1
+    last = columns.fact(Fact.N_BEST).long().unsqueeze(1) - 1
     worst = scores.gather(1, last).squeeze(1)  # of the n best
     # A log probability only falls, lp only grows and cp is at most 0, so that the best score that
     # a hypothesis of log probability s <= 0 can reach is s / lp(max_length + 1).
-    return after, worst * columns.fact(Fact.LONGEST)
+    return after, worst * columns.fact(Fact.MAX_NORMALISER)
 
 
 def of_parents(table: Tensor, parents: Tensor) -> Tensor:
@@ -227,4 +227,4 @@ def coverage(covered: Tensor, source: Tensor) -> Tensor:
     source token, EOS, need not be covered. At least -23 a token; double [N, K]."""
     place = torch.arange(covered.size(2), device=covered.device)
     counted = (place < (source - 1).unsqueeze(1)).unsqueeze(1)  # [N, 1, S]
-    return covered.clamp(LEAST, 1.0).log().masked_fill(~counted, 0.0).double().sum(2)
+    return covered.clamp(LEAST_PAID, 1.0).log().masked_fill(~counted, 0.0).double().sum(2)

@@ -6,7 +6,6 @@ from torch import Tensor
 BLOCK = 64  # logits that the first stage of top-k looks at together
 BLOCKED_FROM = 2048  # vocabulary from which two stages are faster than one
 SCRATCH = 1 << 18  # floats that stay in a processor's cache
-NEVER = float("-inf")
 LAST = 0x7FFFFFFF  # of int32
 
 
@@ -52,6 +51,11 @@ def without(token: int, where: Tensor, values: Tensor, tokens: Tensor) -> tuple[
     taken = (tokens == token) & where.view(-1, 1, 1)
     if not bool(taken.any()):
         return values[:, :, :-1], tokens[:, :, :-1]
+    return without_taken(taken, values, tokens)
+
+
+def without_taken(taken: Tensor, values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, K, C - 1]: without the one that is `taken`, bool [N, K, C], else without the last."""
     place = torch.arange(tokens.size(2) - 1, device=tokens.device) + taken.cumsum(2)[:, :, :-1]
     return values.gather(2, place), tokens.gather(2, place)
 

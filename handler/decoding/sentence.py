@@ -1,11 +1,13 @@
 """What is decoded and what comes of it: the values that scheduler, runner and callers exchange."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from handler.decoding.options import DecodingOptions
 
+LEAST_PAID = 1e-10  # attention of a source token counts as at least that, in coverage
 Reason = Literal["eos", "length", "time"]
 NO_TOKEN = "the options allow no token that the model gives"
 NOT_FINITE = "the model gave no finite probability"
@@ -67,12 +69,10 @@ def failed(sentence: int, error: Exception) -> Event:
 def unbegun(sentence: Sentence) -> Event:
     """Time was over before the first token: one hypothesis of no tokens."""
     options = sentence.options
-    # Nothing was attended to, which counts as 1e-10 of each source token but EOS.
-    score = options.coverage_penalty * LEAST_COVERED * (len(sentence.source) - 1)
+    # Nothing was paid to any source token but EOS.
+    score = options.coverage_penalty * math.log(LEAST_PAID) * (len(sentence.source) - 1)
     known = sentence.scored
     alignment: list[list[float]] | None = [] if options.return_alignments else None
     result = Result([], "time", 0.0 if known else None, score if known else None, alignment)
     return Event(sentence.id, [result])
 
-
-LEAST_COVERED = -23.025850929940457  # log of 1e-10, see `search.coverage`

@@ -2,8 +2,8 @@
 
 Every sentence has a place, and state and tokens stay where they are: a step reads and writes the
 same memory each time, asks nothing on the host, and can be replayed as a graph. Several steps are
-enqueued before what the ones before chose is read. Who ends stays as it is until it is read; what
-is computed at its place meanwhile, is computed unseen.
+enqueued before what the ones before chose is read. A sentence that ends keeps its state until the
+host has read it; what is computed for it meanwhile is discarded.
 """
 
 import heapq
@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from handler.decoding.columns import NEVER, Columns, Finished, begin, mapped
+from handler.decoding.columns import (
+    Columns,
+    Fact,
+    Finished,
+    mapped,
+    overwrite,
+    score_type,
+)
+from handler.decoding.constraints import NEVER
 from handler.decoding.graphs import Recorder, bucket
 from handler.decoding.lane import Kind, Vocabulary
 from handler.decoding.reading import answers, committed
@@ -57,7 +65,6 @@ class Block(NamedTuple):
 
     place: dict[int, int]
     board: Board
-    steps: int
     ready: Any  # torch.cuda.Event; None where nothing has to be waited for
 
 
@@ -77,9 +84,8 @@ class StaticLane:
         self.model = model
         self.vocabulary = vocabulary
         self.kind = kind
-        # Whole tiles, all of them of one size.
-        self.at_once = min(max(tile // kind.width, 1), sizes.sentences)
-        sizes = sizes._replace(sentences=rounded(sizes.sentences, self.at_once))
+        places, self.at_once = whole_tiles(sizes.sentences, kind.width, tile)
+        sizes = sizes._replace(sentences=places)
         self.sizes = sizes
         self.empty = empty
         self.recorder = recorder
@@ -92,16 +98,15 @@ class StaticLane:
         self.attended = [t.new_zeros(count, sizes.source, *t.shape[2:]) for t in attended]
         self.board = board_of(sizes, width, vocabulary.bos, score_type(state), self.device)
         rows = torch.arange(0, count * width, width, device=self.device)
-        self.first = rows.unsqueeze(1)  # [N, 1], of each sentence
+        self.row_offsets = rows.unsqueeze(1)  # [N, 1], of each sentence
         self.replays: dict[tuple[int, int], Any] = {}
         self.spare: list[Board] = []  # on the host, for the blocks to come
         self.reset()
 
     def reset(self) -> None:
         """Forget every sentence."""
-        self.left = list(range(self.sizes.sentences))  # places that are yet to be marked as over
+        self.unmarked = list(range(self.sizes.sentences))  # places, yet to be marked as over
         self.ended: set[int] = set()  # ids, of which is known that they have ended
-        self.clock = 0  # steps that were enqueued
         self.place: dict[int, int] = {}  # by id, who came first before
         self.sentences: dict[int, Sentence] = {}  # by id
         self.vacant = list(range(self.sizes.sentences))  # a heap: low places first
@@ -121,7 +126,7 @@ class StaticLane:
         self.mark()
         places = heapq.nsmallest(len(sentences), self.vacant)
         at = sent(places, self.device)
-        self.board.columns = begin(
+        self.board.columns = overwrite(
             self.board.columns, places, at, sentences, 0, self.vocabulary.bos
         )
         self.board.made.index_fill_(0, at, 0)
@@ -130,9 +135,8 @@ class StaticLane:
             wide = new.unsqueeze(1).expand(-1, width, *new.shape[1:])
             table.view(count, width, *table.shape[1:])[at] = wide
         for table, new in zip(self.attended, attended):
-            rows = new.new_zeros(new.size(0), table.size(1), *new.shape[2:])
-            rows[:, : new.size(1)] = new
-            table[at] = rows
+            table.index_fill_(0, at, 0)
+            table[:, : new.size(1)].index_copy_(0, at, new)
         self.board.over.index_fill_(0, at, False)
         for place, one in zip(places, sentences):
             heapq.heappop(self.vacant)
@@ -146,17 +150,17 @@ class StaticLane:
             del self.sentences[one]
             heapq.heappush(self.vacant, place)
             if one not in self.ended:
-                self.left.append(place)
+                self.unmarked.append(place)
             self.ended.discard(one)
 
     def mark(self) -> None:
         """Mark the places of those who have left as over."""
-        if self.left:
-            self.board.over.index_fill_(0, sent(self.left, self.device), True)
-            self.left = []
+        if self.unmarked:
+            self.board.over.index_fill_(0, sent(self.unmarked, self.device), True)
+            self.unmarked = []
 
     def close_up(self) -> None:
-        """Let the last sentences take vacant places, where a smaller step then does."""
+        """Move the last sentences to low vacant places, if that allows a smaller recorded step."""
         highest = max(self.place.values()) + 1
         count = bucket(len(self.place), self.grid.sentences)
         if bucket(highest, self.grid.sentences) <= 2 * count:
@@ -201,7 +205,6 @@ class StaticLane:
         replay = self.replays.get((count, source)) or partial(self.compute, count, source)
         for _ in range(steps):
             replay()
-        self.clock += steps
         board = self.spare.pop() if self.spare else self.host_board()
         for there, here in zip(board.tables(), self.board.tables()):
             there[:count].copy_(here[:count], non_blocking=True)
@@ -209,7 +212,7 @@ class StaticLane:
         if self.device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
-        self.blocks.append(Block(dict(self.place), board, steps, ready))
+        self.blocks.append(Block(dict(self.place), board, ready))
 
     def ahead(self, steps: int, behind: int) -> list[int]:
         """Enqueue steps, and read what is more than `behind` blocks old; the ids of who ended."""
@@ -237,7 +240,10 @@ class StaticLane:
             self.spare.append(self.known.board)
         self.known = block
         over = block.board.over.tolist()
-        ended = [one for one, at in block.place.items() if one in self.place and over[at]]
+        ended = [
+            one for one, at in block.place.items()
+            if one in self.place and one not in self.ended and over[at]
+        ]  # fmt: skip
         self.ended.update(ended)
         return ended
 
@@ -248,7 +254,7 @@ class StaticLane:
         state = [t[:rows] for t in self.state]
         before = state
         if width > 1:
-            origin = (board.columns.parents + self.first[:count]).flatten()
+            origin = (board.columns.parents + self.row_offsets[:count]).flatten()
             before = torch.ops.seq2serve.gather_rows(state, origin)
         logits, after = self.logits(board.columns.previous, before, count, source)
         choices = 2 if width == 1 else min(2 * width + 1, self.vocabulary.size)
@@ -290,21 +296,21 @@ class StaticLane:
 
     @torch.inference_mode()
     def is_invariant(self) -> bool:
-        """Whether logits of the first place are the same bits, however many places are computed
-       . Nobody may be there."""
+        """Whether the first place gets the same logits, to the bit, however many places are
+        computed. Nobody may be there."""
         seed = torch.Generator().manual_seed(1)
         for table in [*self.state, *self.attended]:
             if table.is_floating_point():
                 table.copy_(torch.randn(table.shape, generator=seed))
             else:
                 table.fill_(True)
-        width, first = self.kind.width, None
+        width, expected = self.kind.width, None
         for count in self.grid.sentences:
             previous = self.board.columns.previous[:count]
             state = [t[: count * width] for t in self.state]
             logits, _ = self.logits(previous, state, count, self.grid.sources[0])
-            first = logits[:width].clone() if first is None else first
-            if not torch.equal(first, logits[:width]):
+            expected = logits[:width].clone() if expected is None else expected
+            if not torch.equal(expected, logits[:width]):
                 return False
         return True
 
@@ -331,13 +337,15 @@ class StaticLane:
         return committed(known.board.columns, place, int(known.board.made[place]))
 
 
+def whole_tiles(sentences: int, width: int, tile: int) -> tuple[int, int]:
+    """Places for so many sentences, in tiles that all have one size; and the places of a tile."""
+    at_once = min(max(tile // width, 1), sentences)
+    return rounded(sentences, at_once), at_once
+
+
 def rounded(size: int, by: int) -> int:
     """Up to a multiple."""
     return -(-size // by) * by
-
-
-def score_type(state: list[Tensor]) -> torch.dtype:
-    return torch.double if state[0].dtype is torch.double else torch.float
 
 
 def board_of(
@@ -350,8 +358,9 @@ def board_of(
     def whole(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.long, device=device)
 
-    facts = torch.zeros((n, 10), dtype=torch.double, device=device)
-    facts[:, 2] = facts[:, 5] = 1.0  # of the n best one; no division by zero
+    facts = torch.zeros((n, len(Fact)), dtype=torch.double, device=device)
+    for one in (Fact.N_BEST, Fact.SCALE):  # one answer; no division by zero
+        facts[:, int(one)] = 1.0
     never = torch.full((n, width), NEVER, dtype=torch.double, device=device)
     finished = None
     if width > 1:

@@ -1,5 +1,5 @@
-"""The search of one step where nothing may be asked on the host: every sentence goes all ways, and
-what ended stays as it is. This is `search.py` at fixed addresses.
+"""One step of `search.py` without a question to the host: all branches are computed for every
+sentence, and one that has ended keeps its values.
 
 It is the operator `seq2serve::advance`; on a GPU it is one kernel, see search.cu.
 """
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from handler.decoding.columns import NEVER, Columns, Fact, Finished, mapped
+from handler.decoding.columns import Columns, Fact, Finished, mapped
+from handler.decoding.constraints import NEVER
 from handler.decoding.search import Offer, candidates, finished_of, going_on, of_parents
+from handler.decoding.selection import without_taken
 
 
 @dataclass
@@ -61,8 +63,8 @@ def advance(
     """
     facts, longest, made, over, previous, scores, _parents, said = board[:8]
     n, k = previous.shape
-    short = facts[:, int(Fact.FREE)] > made
-    offer = Offer(*left(values, tokens, short, eos, k), normaliser.view(n, k), values[:0])
+    short = facts[:, int(Fact.MAY_END)] > made
+    offer = Offer(*without_eos(values, tokens, short, eos, k), normaliser.view(n, k), values[:0])
     if k == 1:
         ended = one(offer, made, previous, scores, said, over, eos)
     else:
@@ -71,14 +73,13 @@ def advance(
     over.logical_or_(ended | (made >= longest))
 
 
-def left(
+def without_eos(
     values: Tensor, tokens: Tensor, short: Tensor, eos: int, k: int
 ) -> tuple[Tensor, Tensor]:
     """[N, K, C - 1]: without EOS in sentences that are `short`, else without the last."""
     values, tokens = (t.view(-1, k, t.size(1)) for t in (values, tokens))
     taken = (tokens == eos) & short.view(-1, 1, 1)
-    place = torch.arange(tokens.size(2) - 1, device=tokens.device) + taken.cumsum(2)[:, :, :-1]
-    return values.gather(2, place), tokens.gather(2, place)
+    return without_taken(taken, values, tokens)
 
 
 def one(

@@ -9,7 +9,7 @@ from enum import IntEnum
 from handler.decoding.sentence import Sentence
 
 TURN = 4  # beside others, a request of many sentences gets a quarter of its caller's turns
-BULK = 8  # interactive sentences that go before one of bulk that waits
+BULK = 8  # interactive sentences after which bulk has a turn, if any waits
 
 
 class Status(IntEnum):
@@ -56,12 +56,12 @@ class Line:
     taken: how many have left the line; the k-th sentence of a request counts as coming when
         `TURN` * k further ones have left it, and then it is first come, first served. So no request
         waits for the whole of another, and none is overtaken for ever.
-    passed: rows over share that the caller has had. The least is next.
+    virtual_start: rows over share that the caller has had. The least is next.
     """
 
     waiting: list[tuple[int, int, Ticket]] = field(default_factory=list)  # a heap
     taken: int = 0
-    passed: float = 0.0
+    virtual_start: float = 0.0
 
 
 class Turns:
@@ -72,15 +72,22 @@ class Turns:
 
     def __init__(self) -> None:
         self.lines: dict[str, Line] = {}
-        self.now = 0.0  # `passed` of the caller who was last
+        self.virtual_time = 0.0  # `virtual_start` of the caller who was last
         self.number = itertools.count()
 
     def add(self, ticket: Ticket) -> None:
         line = self.lines.setdefault(ticket.caller.name, Line())
         if not line.waiting:  # who was away has saved up nothing
-            line.passed = max(line.passed, self.now)
+            line.virtual_start = max(line.virtual_start, self.virtual_time)
         entry = line.taken + TURN * ticket.behind, next(self.number), ticket
         heapq.heappush(line.waiting, entry)
+
+    def prune(self) -> int:
+        """Forget the sentences that no longer wait; how many do."""
+        for line in self.lines.values():
+            line.waiting = [one for one in line.waiting if one[2].status is Status.WAITING]
+            heapq.heapify(line.waiting)
+        return sum(len(line.waiting) for line in self.lines.values())
 
     def take(self) -> Ticket | None:
         """The next that still waits."""
@@ -89,26 +96,32 @@ class Turns:
             if not lines:
                 self.lines.clear()  # when nobody waits, nobody is ahead
                 return None
-            line = min(lines, key=lambda one: one.passed)
+            line = min(lines, key=lambda one: one.virtual_start)
             _, _, ticket = heapq.heappop(line.waiting)
             if ticket.status is not Status.WAITING:
                 continue
-            self.now = line.passed
+            self.virtual_time = line.virtual_start
             line.taken += 1
-            line.passed += ticket.sentence.rows / ticket.caller.share
+            line.virtual_start += ticket.sentence.rows / ticket.caller.share
             return ticket
 
 
 class Queue:
-    """All that wait. Bulk goes when nothing interactive waits, and in every `BULK`th turn besides,
-    so that it never starves."""
+    """All that wait. Bulk goes when nothing interactive waits, and after every `BULK` interactive
+    sentences, so that it never starves."""
 
     def __init__(self) -> None:
         self.interactive, self.bulk = Turns(), Turns()
-        self.overtaken = 0  # interactive sentences since bulk had its turn
+        self.overtaken = 0  # interactive sentences since bulk had its turn, waiting or not
+        self.size = 0  # entries, those of cancelled sentences included
 
     def add(self, ticket: Ticket) -> None:
         (self.bulk if ticket.bulk else self.interactive).add(ticket)
+        self.size += 1
+
+    def prune(self) -> None:
+        """Forget the sentences that no longer wait."""
+        self.size = self.interactive.prune() + self.bulk.prune()
 
     def take(self) -> Ticket | None:
         """The next that still waits; None where nobody does."""
