@@ -175,3 +175,20 @@ def test_in_a_long_queue_each_gets_its_own_translation(model, beam_size):
         ended |= {event.sentence: event for event in engine.advance(16)}
     for one, kind in asked.items():
         assert_same(ended[one], expected[kind], 1e-4)
+
+
+def test_who_reads_attention_may_sit_beside_longer_sources_that_do_not():
+    model = build("attention")
+    reading = DecodingOptions(return_alignments=True, max_length=6, min_length=6)
+    beside = DecodingOptions(max_length=9, min_length=9)
+    (expected,) = decode(Engine(model, 1), [[5, 6, EOS]], reading)
+    engine = Engine(model, 4)
+    engine.admit([7] * 9 + [EOS], beside)
+    engine.advance(2)
+    first = engine.admit([5, 6, EOS], reading)
+    engine.advance(1)
+    engine.admit([8] * 12 + [EOS], beside)
+    second = engine.admit([5, 6, EOS], reading)
+    events = drained(engine)
+    for one in (first, second):
+        assert_same(events[one], expected, 1e-8)

@@ -13,6 +13,7 @@ from table_model import EOS, A, B, C, TableModel, decode, drained
 
 from handler.decoding import DecodingOptions, Engine
 from handler.decoding.sampling import NUCLEUS, Draws, of_all, of_likeliest
+from handler.decoding.search import Candidates, going_on
 from handler.decoding.selection import BLOCKED_FROM, top, without
 from handler.decoding.sentence import Sentence
 
@@ -295,6 +296,16 @@ def nucleus(logits, top_k=0, top_p=1.0):
     return shares
 
 
+@pytest.mark.parametrize("top_k", [NUCLEUS, NUCLEUS + 44, 2 * NUCLEUS])
+def test_a_nucleus_is_a_share_of_the_k_likeliest(top_k):
+    """Also where k is more than is looked at first, and those reach p of all tokens."""
+    torch.manual_seed(1)
+    logits = 2 * torch.randn(4 * NUCLEUS, dtype=torch.double)
+    options = {"top_k": top_k, "top_p": 0.5}
+    drawn = shares_drawn(of_likeliest, logits, 2000, **options).double()
+    torch.testing.assert_close(drawn, nucleus(logits, **options), rtol=0, atol=2 / 2000)
+
+
 @settings(max_examples=25)
 @given(seed=st.integers(0, 9999), vocabulary=st.integers(1, 40),
        top_k=st.sampled_from([0, 1, 3, 50]), top_p=st.sampled_from([1.0, 0.9, 0.5, 0.01]),
@@ -413,6 +424,21 @@ def test_what_one_is_offered_depends_on_nobody_beside(seed, vocabulary, chosen, 
         assert [r.tokens for r in mine.results] == [r.tokens for r in alone.results]
         for one, other in zip(mine.results, alone.results, strict=True):
             assert one.score == pytest.approx(other.score)
+
+
+def test_what_fills_up_a_short_list_is_no_end_and_no_token():
+    """A model of few candidates fills them up with EOS of -inf."""
+    fill = -math.inf
+    values = torch.tensor([[[3.0, 2.0, fill, fill]], [[3.0, 2.0, fill, fill]]])
+    tokens = torch.tensor([[[EOS, A, EOS, EOS]], [[A, EOS, EOS, EOS]]])
+    left, named = without(EOS, torch.tensor([True, False]), values, tokens)
+    assert named.tolist() == [[[A, EOS, EOS]], [[A, EOS, EOS]]]
+    assert left.tolist() == [[[2.0, fill, fill]], [[3.0, 2.0, fill]]]
+    found = Candidates(values.squeeze(1), torch.zeros(2, 4).long(), tokens.squeeze(1),
+                       tokens.squeeze(1) == EOS)  # fmt: skip
+    scores, _, going = going_on(found, 2)
+    assert scores.tolist() == [[2.0, fill], [3.0, fill]]
+    assert [row[0] for row in going.tolist()] == [A, A]
 
 
 def test_a_token_is_left_out_only_where_it_must_be():

@@ -50,8 +50,8 @@ class Columns:
         which its rows of state still have.
     tokens: int64 [N, K, T], but for those of the lane's last steps.
     asked: double [N, P] for each of `CONSTRAINTS`; 0 is nothing.
-    finished: of hypotheses that ended, where K is above 1; attention: where it is read; draws:
-        where tokens are drawn.
+    finished: of hypotheses that ended, where K is above 1; attention: where any sentence reads it;
+        draws: where tokens of any are drawn.
     """
 
     facts: Tensor
@@ -163,6 +163,35 @@ def reset_scores(scores: Tensor, at: int | Tensor | None) -> Tensor:
     filled(scores, at, NEVER)
     filled(scores[:, 0], at, 0.0)
     return scores
+
+
+def equipped(columns: Columns, attends: bool, samples: bool) -> Columns:
+    """With tables for attention that is read, and for tokens that are drawn, where there are none
+    yet; of the sentences that are there none asks for them."""
+    n, width, room = columns.tokens.shape
+    device = columns.facts.device
+    if samples and columns.draws is None:
+        columns = dataclasses.replace(columns, draws=Draws.none(n, device))
+    if attends and columns.attention is None:
+        paid = torch.zeros((n, room, width, 0), device=device)
+        attention = Attention(paid, torch.zeros_like(columns.tokens), paid.sum(1))
+        finished = columns.finished
+        if finished is not None:
+            finished = dataclasses.replace(finished, origins=torch.zeros_like(finished.tokens))
+        columns = dataclasses.replace(columns, attention=attention, finished=finished)
+    return columns
+
+
+def stripped(columns: Columns, attends: bool, samples: bool) -> Columns:
+    """Without such tables, where nobody asks for them any more."""
+    if not samples:
+        columns = dataclasses.replace(columns, draws=None)
+    if not attends and columns.attention is not None:
+        finished = columns.finished
+        if finished is not None:
+            finished = dataclasses.replace(finished, origins=finished.origins[:, :, :0])
+        columns = dataclasses.replace(columns, attention=None, finished=finished)
+    return columns
 
 
 def wide_enough(attention: Attention, source: int) -> Attention:

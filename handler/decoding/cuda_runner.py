@@ -77,7 +77,7 @@ class CudaRunner(Runner):
             self.static = {
                 width: StaticLane(
                     model, self.vocabulary,
-                    Kind(width, samples=False, plain=True, attends=False),
+                    Kind(width, plain=True),
                     Sizes(rows // width, model.max_source_length, model.max_target_length),
                     self.memory, (state, memory.attended), recorder, TILE,
                 )
@@ -111,7 +111,8 @@ class CudaRunner(Runner):
 
     def kind_of(self, sentence: Sentence) -> Kind:
         kind = Kind.of(sentence)
-        recorded = kind.plain and not kind.attends and kind.width in self.static
+        attends = sentence.options.reads_attention
+        recorded = kind.plain and not attends and kind.width in self.static
         return kind if recorded else kind._replace(plain=False)
 
     def lane_for(self, kind: Kind) -> Any:

@@ -18,10 +18,13 @@ from handler.decoding.columns import (
     Fact,
     appended,
     compacted,
+    equipped,
     fitted,
     new_columns,
     overwrite,
     score_type,
+    stripped,
+    wide_enough,
 )
 from handler.decoding.constraints import CONSTRAINTS, NEVER, PREFIX, Constraint
 from handler.decoding.reading import answers, committed
@@ -69,15 +72,12 @@ class Vocabulary(NamedTuple):
 class Kind(NamedTuple):
     """What the sentences of a lane have in common.
 
-    width: K. samples: tokens are drawn. plain: no option needs all logits, so the best few of each
-    row are enough, and a model or a step that chooses them itself will do. attends: attention is
-    read.
+    width: K. plain: no option needs all logits, so the best few of each row are enough, and a model
+    or a step that chooses them itself will do.
     """
 
     width: int
-    samples: bool
     plain: bool
-    attends: bool
 
     @classmethod
     def of(cls, sentence: Sentence) -> "Kind":
@@ -85,7 +85,7 @@ class Kind(NamedTuple):
         plain = not o.sampling and all(
             one.chosen or not one.asked(sentence) for one in CONSTRAINTS
         )
-        return cls(o.beam_size, o.sampling, plain, o.reads_attention)
+        return cls(o.beam_size, plain)
 
 
 class Lane:
@@ -114,7 +114,8 @@ class Lane:
         self.due_at: dict[int, list[int]] = {}  # ids, by the clock at which they are long enough
         self.sources: Counter[int] = Counter()  # sentences by the length of their source
         self.asking = [0] * len(CONSTRAINTS)  # sentences that ask for each
-        self.scored = 0  # sentences of which log probabilities are needed
+        # Sentences of which log probabilities are needed; that read attention; that sample.
+        self.scored = self.attending = self.sampling = 0
         # When, on the clock, a sentence comes to its minimum length.
         self.min_length_clocks: set[int] = set()
         self.too_short: Tensor | None = None  # see `short`
@@ -135,13 +136,17 @@ class Lane:
         reused = min(len(sentences), len(self.vacant))
         behind = range(count, count + len(sentences) - reused)
         places = [*self.vacant[:reused], *behind]
+        attends = any(one.options.reads_attention for one in sentences) or self.attending > 0
+        samples = any(one.options.sampling for one in sentences) or self.sampling > 0
         wide = [t.unsqueeze(1).expand(-1, width, *t.shape[1:]) for t in state]  # [m, K, ...]
         if not count:
-            columns, reserve = self.new(sentences, state), Reserve.like(attended)
+            columns = self.new(sentences, state, attends, samples)
+            reserve = Reserve.like(attended)
             tables = [t.flatten(0, 1).contiguous() for t in wide]
         else:
             self.write()
-            columns, reserve, tables = self.columns, self.attended, self.state
+            columns = equipped(self.columns, attends, samples)
+            reserve, tables = self.attended, self.state
             if reused:
                 some = places[:reused]
                 at = some[0] if reused == 1 else sent(some, columns.facts.device)
@@ -150,10 +155,14 @@ class Lane:
                 for table, new in zip(tables, wide):
                     table.view(count, width, *table.shape[1:])[at] = new[:reused]
             if behind:
-                columns = appended(columns, self.new(sentences[reused:], state))
+                added = self.new(
+                    sentences[reused:], state, columns.attention is not None,
+                    columns.draws is not None,
+                )  # fmt: skip
+                columns = appended(columns, added)
                 tables = [
-                    torch.cat([table, new[reused:].flatten(0, 1)])
-                    for table, new in zip(tables, wide)
+                    torch.cat([table, rows[reused:].flatten(0, 1)])
+                    for table, rows in zip(tables, wide)
                 ]
         reserve = reserve.put(places, attended)
         self.columns, self.attended, self.state, self.stale = columns, reserve, tables, True
@@ -169,12 +178,14 @@ class Lane:
             if one.options.min_length:
                 self.min_length_clocks.add(self.clock + one.options.min_length)
 
-    def new(self, sentences: Sequence[Sentence], state: list[Tensor]) -> Columns:
+    def new(
+        self, sentences: Sequence[Sentence], state: list[Tensor], attends: bool, samples: bool
+    ) -> Columns:
         return new_columns(
             sentences, self.clock, self.kind.width,
             score_type(state),
             self.vocabulary.never.device,
-            bos=self.vocabulary.bos, attends=self.kind.attends, samples=self.kind.samples,
+            bos=self.vocabulary.bos, attends=attends, samples=samples,
         )  # fmt: skip
 
     def tally(self, sentence: Sentence, one: int) -> None:
@@ -183,6 +194,8 @@ class Lane:
         if not self.sources[len(sentence.source)]:
             del self.sources[len(sentence.source)]
         self.scored += one * sentence.scored
+        self.attending += one * sentence.options.reads_attention
+        self.sampling += one * sentence.options.sampling
         if not self.kind.plain:
             for i, one_of in enumerate(CONSTRAINTS):
                 self.asking[i] += one * bool(one_of.asked(sentence))
@@ -256,7 +269,11 @@ class Lane:
 
     def refresh(self) -> None:
         """Look again at who is there."""
-        self.memory = self.empty._replace(attended=self.attended.live(max(self.sources)))
+        longest = max(self.sources)
+        self.columns = stripped(self.columns, self.attending > 0, self.sampling > 0)
+        if self.columns.attention is not None:  # steps pay all sources, asked for or not
+            self.columns.attention = wide_enough(self.columns.attention, longest)
+        self.memory = self.empty._replace(attended=self.attended.live(longest))
         self.active = [
             (one, self.columns.asked[i]) for i, one in enumerate(CONSTRAINTS) if self.asking[i]
         ]
@@ -315,18 +332,21 @@ class Lane:
             return self.chosen(state, count)
         logits, state, paid = self.model.step(columns.previous, state, self.memory)
         normaliser, logits = self.allowed(logits)
-        if self.kind.samples and columns.draws is not None:
-            values, tokens = draw(logits[:, 0], columns.draws, self.made())
-            values, tokens = values.view(-1, 1, 1), tokens.view(-1, 1, 1)
-        else:
-            values, tokens = top(logits, count)
+        values, tokens = top(logits, count)
+        if columns.draws is not None:
+            rows = columns.draws.samples.nonzero().squeeze(1)
+            found = draw(logits[rows, 0], columns.draws.part(rows), self.made()[rows])
+            values, tokens = (
+                table.index_copy(0, rows, drawn.view(-1, 1, 1))
+                for table, drawn in zip((values, tokens), found)
+            )
         return Offer(values, tokens, normaliser, paid), state
 
     def chosen(self, state: list[Tensor], count: int) -> tuple[Offer, list[Tensor]]:
         """The same of a model that chooses itself: one more token where EOS may be among them and
         must not."""
         scored, short = self.scored > 0, self.too_short
-        more = count if short is None else count + 1
+        more = count if short is None else min(count + 1, self.vocabulary.size)
         values, tokens, normaliser, state, paid = self.model.best(
             self.columns.previous, state, self.memory, more, scored
         )

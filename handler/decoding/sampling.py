@@ -20,12 +20,14 @@ NUCLEUS = 256  # likeliest tokens that are looked at before the whole vocabulary
 
 @dataclass
 class Draws:
-    """What N sentences that sample ask for.
+    """What N sentences ask for that may sample.
 
-    heat: double [N], the temperature. most: int64 [N], top_k, 0 for all tokens.
-    nucleus: double [N], top_p. luck: double [N, T], a number of 0..1 for each token.
+    samples: bool [N], which of them do. heat: double [N], the temperature. most: int64 [N], top_k,
+    0 for all tokens. nucleus: double [N], top_p. luck: double [N, T], a number of 0..1 for each
+    token.
     """
 
+    samples: Tensor
     heat: Tensor
     most: Tensor
     nucleus: Tensor
@@ -37,6 +39,7 @@ class Draws:
         longest = max(s.max_length for s in sentences)
         real = sent([[o.temperature, o.top_p] for o in options], device, torch.double)
         return cls(
+            sent([o.sampling for o in options], device, torch.bool),
             real[:, 0].clone(),
             sent([min(o.top_k, MOST) for o in options], device),
             real[:, 1].clone(),
@@ -44,8 +47,21 @@ class Draws:
         )
 
 
+    @classmethod
+    def none(cls, count: int, device: torch.device) -> "Draws":
+        """Of so many sentences that do not sample."""
+        ones = torch.ones(count, dtype=torch.double, device=device)
+        zeros = torch.zeros(count, dtype=torch.long, device=device)
+        return cls(zeros.bool(), ones, zeros, ones.clone(), ones.new_empty((count, 0)))
+
+    def part(self, rows: Tensor) -> "Draws":
+        return Draws(*[table[rows] for table in vars(self).values()])
+
+
 def lucky(sentence: Sentence, longest: int) -> list[float]:
     """A number for each token; those of a prefix are not drawn."""
+    if not sentence.options.sampling:
+        return [0.0] * longest
     draw = random.Random(sentence.options.seed)
     given = len(sentence.prefix)
     drawn = [draw.random() for _ in range(sentence.max_length - given)]
@@ -91,7 +107,9 @@ def of_likeliest(scaled: Tensor, luck: Tensor, draws: Draws) -> Tensor:
     most = torch.where(draws.most > 0, draws.most.clamp(max=vocabulary), vocabulary)  # [N]
     total = scaled.logsumexp(1)
     values, tokens = scaled.topk(min(NUCLEUS, vocabulary), 1)
-    place, enough = among(values, most, draws.nucleus, total, luck)
+    place, reached = among(values, most, draws.nucleus, total, luck)
+    # Of more than these, the k likeliest have a total of their own.
+    enough = (most <= values.size(1)) | ((most == vocabulary) & reached)
     found = tokens.gather(1, place)
     if not bool(enough.all()):
         rows = (~enough).nonzero().squeeze(1)
@@ -104,8 +122,8 @@ def of_likeliest(scaled: Tensor, luck: Tensor, draws: Draws) -> Tensor:
 def among(
     values: Tensor, most: Tensor, nucleus: Tensor, total: Tensor, luck: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The place that is drawn among values [N, C], best first, int64 [N, 1]; and whether the C are
-    enough to tell, bool [N].
+    """The place that is drawn among values [N, C], best first, int64 [N, 1]; and whether the C
+    reach the nucleus, bool [N].
 
     Args:
         most: k of each; nucleus: p; total: log-sum-exp of the whole row, [N] each; luck: [N, 1].
@@ -116,9 +134,9 @@ def among(
     whole = most <= count
     total = torch.where(whole, values.logsumexp(1), total)
     shares = (values - total.unsqueeze(1)).exp().cumsum(1)  # [N, C]
-    enough = whole | (shares[:, -1] >= nucleus)
+    reached = shares[:, -1] >= nucleus
     kept = ((shares < nucleus.unsqueeze(1)) & inside).sum(1, keepdim=True) + 1  # [N, 1]
     kept = kept.minimum(most.clamp(max=count).unsqueeze(1))
     reach = luck * shares.gather(1, kept - 1)
     place = (shares <= reach).sum(1, keepdim=True)
-    return place.minimum(kept - 1), enough
+    return place.minimum(kept - 1), reached

@@ -77,8 +77,10 @@ def candidates(
 
 def going_on(found: Candidates, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The K best that do not end: values, parents and tokens [N, K]. At most K of 2K end, so that K
-    remain. A sentence whose best continuation is not finite has no second one."""
-    _, others = found.ends.to(torch.uint8).sort(dim=1, stable=True)  # those, best first
+    remain; an EOS of -inf fills up what is not there. A sentence whose best continuation is not
+    finite has no second one."""
+    ends = found.ends & (found.values > NEVER)
+    _, others = ends.to(torch.uint8).sort(dim=1, stable=True)  # those, best first
     others = others[:, :width]
     values, parents, tokens = (t.gather(1, others) for t in found[:3])
     best = found.values[:, :1]

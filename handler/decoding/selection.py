@@ -55,8 +55,10 @@ def without(token: int, where: Tensor, values: Tensor, tokens: Tensor) -> tuple[
 
 
 def without_taken(taken: Tensor, values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K, C - 1]: without the one that is `taken`, bool [N, K, C], else without the last."""
-    place = torch.arange(tokens.size(2) - 1, device=tokens.device) + taken.cumsum(2)[:, :, :-1]
+    """[N, K, C - 1]: without the first that is `taken`, bool [N, K, C], else without the last. A
+    model with few candidates fills them up with EOS of logit -inf, so that there may be more."""
+    gone = taken.cumsum(2).clamp(max=1)[:, :, :-1]
+    place = torch.arange(tokens.size(2) - 1, device=tokens.device) + gone
     return values.gather(2, place), tokens.gather(2, place)
 
 
