@@ -171,7 +171,7 @@ def test_the_archive_holds_what_serving_needs_and_no_more(toy: Toy) -> None:
     package = ROOT / "handler"
     code = {
         path.relative_to(ROOT).as_posix()
-        for path in package.rglob("*.py")
+        for path in (*package.rglob("*.py"), *package.rglob("*.cu"))
         if path.name != "seq2seq_handler.py"
     }
     with zipfile.ZipFile(toy.store / "seq2seq.mar") as content:

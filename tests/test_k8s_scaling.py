@@ -13,6 +13,8 @@ import yaml
 from k8s_pods import quantity
 from k8s_tools import K8S, ROOT, documents
 
+from handler.decoding.cuda_runner import FEWEST_ROWS
+
 SHARE = 0.7  # of the capacity, at which the next pod is asked for
 COMPONENTS = K8S / "components"
 
@@ -52,7 +54,7 @@ def capacity() -> float:
 
 def rows() -> int:
     config = yaml.safe_load((ROOT / "handler" / "model-config.yaml").read_text(encoding="utf-8"))
-    return int(config["handler"]["rows"])
+    return int(config["handler"]["rows"] or FEWEST_ROWS)  # on a CPU
 
 
 def test_arrivals_are_a_share_of_the_measured_capacity(triggers: dict[str, dict[str, Any]]) -> None:

@@ -140,10 +140,11 @@ def test_the_card_is_that_of_the_run(server, toy):
     for method, path in (("GET", "card"), ("POST", "card")):
         reply = raw(server, None, {}, method, f"{PREDICT}/{version}/{path}")
         assert reply.status == 200
-        serving = reply.json.pop("serving")
-        assert reply.json == json.loads(load(str(toy.run.model), CPU).card)
+        card = reply.json
+        serving = card.pop("serving")
+        assert card == json.loads(load(str(toy.run.model), CPU).card)
         assert (serving["device"], serving["weights"], serving["rows"]) == ("cpu", "float32", 64)
-        assert reply.json["scores"] == toy.run.read_json(toy.run.scores, "evaluate")
+        assert card["scores"] == toy.run.read_json(toy.run.scores, "evaluate")
 
 
 def test_the_schema_is_that_of_the_options(server, toy):

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import yaml
 
+from handler.decoding.cuda_runner import FEWEST_ROWS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -71,7 +73,7 @@ def measured(
     """
     text = results.read_text(encoding="utf-8")
     settings = yaml.safe_load(config.read_text(encoding="utf-8"))
-    rows = int(settings["handler"]["rows"])
+    rows = int(settings["handler"]["rows"] or FEWEST_ROWS)  # on a CPU
     alone = _found(r"^Multi30k model.*?^\| TorchServe \| 1 \| ([\d.]+) \|", text, results)
     capacity = _found(r"^\| continuous batching \| ([\d.]+) \|", text, results)
     points = [(0.0, 0.0), (1.0, alone)]
