@@ -128,14 +128,13 @@ __global__ void __launch_bounds__(THREADS)
     parent[i] = place / offered;
     total[i] = total_of(parent[i], place % offered);
     token[i] = tokens[place_of(parent[i], place % offered)];
-    ends[i] = token[i] == eos;
+    ends[i] = token[i] == eos && total[i] > -infinity();
   }
   __syncthreads();
 
   // Those with EOS among the first K end; what ended stays in order.
-  const auto finishes = [&](int i) { return ends[i] && total[i] > -infinity(); };
   bool any = false;
-  for (int i = 0; i < k; ++i) any = any || finishes(i);
+  for (int i = 0; i < k; ++i) any = any || ends[i];
   if (any) {
     const double counted = have + 1 > 1 ? have + 1 : 1;
     const double divisor = pow((facts[SHIFT] + counted) / facts[SCALE], facts[PENALTY]);
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(THREADS)
       if (i < k) {
         score[i] = ended_scores[i], sum[i] = ended_sums[i], length[i] = ended_made[i];
       } else {
-        sum[i] = finishes(i - k) ? total[i - k] : -infinity();
+        sum[i] = ends[i - k] ? total[i - k] : -infinity();
         score[i] = sum[i] / divisor, length[i] = have;
       }
     }
