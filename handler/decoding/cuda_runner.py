@@ -68,6 +68,7 @@ class CudaRunner(Runner):
     ) -> None:
         super().__init__(model, device, clock)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.invariant = True  # until a lane shows otherwise
         widths = [width for width in sorted(set(options.widths)) if width <= rows]
         with torch.inference_mode():
             memory, state = encode_batch(model, [[model.eos_id]], device)

@@ -138,9 +138,9 @@ class Engine:
         self.runner.clear()
 
     @property
-    def invariant(self) -> bool:
+    def invariant(self) -> bool | None:
         """Whether recorded steps gave the same logits, to the bit, however many rows were computed.
-        Encoding, and what is not recorded, is not tested. True on a CPU."""
+        Encoding, and what is not recorded, is not tested. None on a CPU, where nothing is."""
         return self.runner.invariant
 
     @property
