@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from handler.decoding.columns import Fact
-from handler.decoding.failures import guarded
 from handler.decoding.graphs import CudaGraphs, Recorder
-from handler.decoding.lane import Kind, Lane
+from handler.decoding.kinds import Kind
+from handler.decoding.lane import Lane
 from handler.decoding.model import encode_batch
 from handler.decoding.runner import Runner
 from handler.decoding.scheduler import Report
@@ -151,7 +151,7 @@ class CudaRunner(Runner):
         steps = min(steps, BLOCK_STEPS)
         for lane in list(self.lanes.values()):
             if isinstance(lane, StaticLane):
-                events += self.fly(lane, steps)
+                events += self.go(lane, lane.ahead, steps, BLOCKS_AHEAD)
         others = [lane for lane in self.lanes.values() if not isinstance(lane, StaticLane)]
         for lane in others:
             for _ in range(steps):
@@ -168,18 +168,6 @@ class CudaRunner(Runner):
         if not isinstance(lane, StaticLane):
             return True
         return lane.known is not None and sentence in lane.known.place
-
-    def fly(self, lane: StaticLane, steps: int) -> list[Event]:
-        """Enqueue a block, and read the one before."""
-        done, errors = guarded(lane.place, lane.ahead, steps, BLOCKS_AHEAD)
-        if done is None:
-            self.forget(lane)
-            return errors
-        if not done:
-            return []
-        read, errors = guarded(done, lane.answers, done)
-        self.leave(lane, done)
-        return read or errors
 
     def largest_memory(self, rows: int) -> int:
         static = static_bytes(self.model, self.device, rows, [*self.static])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from handler.decoding.columns import LEAST_ROOM
 from handler.decoding.failures import guarded
-from handler.decoding.lane import Kind, Lane, Vocabulary
+from handler.decoding.kinds import Kind, Vocabulary
+from handler.decoding.lane import Lane
 from handler.decoding.model import encode_batch
 from handler.decoding.rows import sent
 from handler.decoding.scheduler import ENCODED_AHEAD, Plan, Report
@@ -150,7 +151,11 @@ class Runner:
 
     def step(self, lane: Lane) -> list[Event]:
         """One token of every sentence of a lane; what ended with it."""
-        ids, errors = guarded(lane.place, lane.step)
+        return self.go(lane, lane.step)
+
+    def go(self, lane: Any, work: Callable[..., list[int]], *arguments: int) -> list[Event]:
+        """Let a lane work; the events of those that have ended, whose ids `work` returns."""
+        ids, errors = guarded(lane.place, work, *arguments)
         if ids is None:
             self.forget(lane)
             return errors

@@ -26,7 +26,7 @@ from handler.decoding.columns import (
 )
 from handler.decoding.constraints import NEVER
 from handler.decoding.graphs import Recorder, bucket
-from handler.decoding.lane import Kind, Vocabulary
+from handler.decoding.kinds import Kind, Vocabulary
 from handler.decoding.reading import answers, committed
 from handler.decoding.rows import sent
 from handler.decoding.sentence import Event, Sentence, unbegun
