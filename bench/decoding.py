@@ -1,4 +1,4 @@
-"""Decoding alone, without text or server: our engine against other toolkits' LSTMs.
+"""Decoding alone, without text or server: our engine, other toolkits' LSTMs, and Transformers.
 
     bash bench/peers/install.sh DIR
     python -m bench.decoding --peers DIR
@@ -8,6 +8,11 @@ into exactly 25 tokens each. Every system gets the sentences sorted by length an
 batches, and encodes as part of what is timed; text, tokenizers and vocabularies are not. Each
 system is a process of its own; rounds go around them, so that all meet the same machine, and the
 median of each is told. Below the table stands what network each system has.
+
+    python -m bench.decoding --peers DIR --sizes 1x512x256 --vocabulary 6000 --threads 1
+
+is the network of recipes/multi30k_en_de.yaml. CTranslate2's Transformers have sizes of their own,
+whatever `--sizes` says, and the same vocabulary.
 
     python -m bench.decoding --beside FOLDER --rounds 7
 
@@ -43,9 +48,14 @@ from bench.turns import alternating, ratio, revision, spread
 
 ROOT = Path(__file__).parents[1]
 PEERS = {
-    "JoeyNMT": ("joeynmt", "joeynmt_rnn"),
-    "OpenNMT-py": ("opennmt", "opennmt_rnn"),
-    "fairseq": ("fairseq", "fairseq_lstm"),
+    "JoeyNMT": ("joeynmt", ["joeynmt_rnn"]),
+    "OpenNMT-py": ("opennmt", ["opennmt_rnn"]),
+    "fairseq": ("fairseq", ["fairseq_lstm"]),
+}
+TINY = "CTranslate2 tiny"
+TRANSFORMERS = {
+    TINY: ("ctranslate2", ["ctranslate2_transformer", "tiny"]),
+    "CTranslate2 browser": ("ctranslate2", ["ctranslate2_transformer", "browser"]),
 }
 OURS, INT8 = "ours", "ours int8"
 # Runs a module of this bench with the packages of another checkout.
@@ -60,7 +70,6 @@ sys.path[0] = root
 runpy.run_module(module, run_name="__main__")
 """
 TOKENS = 25  # of each target
-VOCABULARY = 8000
 
 
 def main() -> None:
@@ -71,13 +80,16 @@ def main() -> None:
     )
     parser.add_argument("--peers", type=Path, metavar="DIR", help="made by bench/peers/install.sh")
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout of ours")
-    parser.add_argument("--sizes", nargs="+", default=["2x512", "4x1000"], metavar="LAYERSxWIDTH")
+    parser.add_argument("--sizes", nargs="+", default=["2x512", "4x1000"],
+                        metavar="LAYERSxWIDTH[xEMBEDDING]")
+    parser.add_argument("--vocabulary", type=int, default=8000)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 16 64; of text, 16 64")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is told")
     parser.add_argument("--sentences", type=int, default=512, help="of text: at most this many")
     parser.add_argument("--sentences-at-1", type=int, help="at batch 1, where all take long")
+    parser.add_argument("--cpu-time", action="store_true", help="a second of it; always --beside")
     parser.add_argument("--profile", action="store_true", help="of ours alone, by operators")
     parser.add_argument("--model", type=Path, help="a trained model.pt, instead of random weights")
     parser.add_argument("--source-tokenizer", type=Path)
@@ -100,56 +112,58 @@ def main() -> None:
         print(f"{described()}; `{command}`; target tokens a second of CPU time\n")
         beside(arguments.beside.absolute(), list(jobs(arguments)), arguments.rounds)
         return
+    second = "second of CPU time" if arguments.cpu_time else "second"
     print(
-        f"{described()}; `{command}`; target tokens a second, {arguments.sentences} sentences "
+        f"{described()}; `{command}`; target tokens a {second}, {arguments.sentences} sentences "
         f"({arguments.sentences_at_1} at batch 1) of 10 to 30 tokens, {TOKENS} target tokens "
-        f"each, vocabulary {VOCABULARY:,}, random weights, fp32, median of "
-        f"{arguments.rounds} rounds\n"
+        f"each, vocabulary {arguments.vocabulary:,}, random weights, LSTMs of peers in fp32, "
+        f"median of {arguments.rounds} rounds\n"
     )
     with ExitStack() as stack:
         runners = {
-            name: stack.enter_context(Runner(name, python, module))
-            for name, python, module in installed(arguments.peers)
+            name: stack.enter_context(Runner(name, python, words))
+            for name, python, words in installed(arguments.peers)
         }
         compare(runners, list(jobs(arguments)), arguments.rounds)
 
 
-def installed(folder: Path | None) -> Iterator[tuple[str, Path, str]]:
-    """Name, Python and module of each system that can run, ours last."""
-    for name, (place, module) in PEERS.items():
+def installed(folder: Path | None) -> Iterator[tuple[str, Path, list[str]]]:
+    """Name, Python, and module with its arguments, of each system that can run, ours last."""
+    for name, (place, words) in (PEERS | TRANSFORMERS).items():
         python = folder.absolute() / place / "bin" / "python" if folder else None
         if python is not None and python.exists():
-            yield name, python, module
+            yield name, python, words
         else:
             print(f"{name}: not installed, left out", file=sys.stderr)
-    yield OURS, Path(sys.executable), "ours"
-    yield INT8, Path(sys.executable), "ours_int8"
+    yield OURS, Path(sys.executable), ["ours"]
+    yield INT8, Path(sys.executable), ["ours_int8"]
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     """A job for each row of the table; fewer sentences are the first ones of more."""
     draw = random.Random(1)
     sources = [
-        [draw.randrange(SPECIAL, VOCABULARY) for _ in range(draw.randint(10, 30))]
+        [draw.randrange(SPECIAL, arguments.vocabulary) for _ in range(draw.randint(10, 30))]
         for _ in range(max(arguments.sentences, arguments.sentences_at_1))
     ]
     for size in arguments.sizes:
-        layers, width = map(int, size.split("x"))
-        sizes = Sizes(layers, width, embedding_size=width, vocabulary=VOCABULARY)
+        layers, width, *embedding = map(int, size.split("x"))
+        sizes = Sizes(layers, width, embedding[0] if embedding else width, arguments.vocabulary)
         for threads in arguments.threads:
             for beam_size in arguments.beams:
                 for batch in arguments.batches or [1, 16, 64]:
                     count = arguments.sentences_at_1 if batch == 1 else arguments.sentences
-                    cpu = arguments.beside is not None
+                    cpu = arguments.cpu_time or arguments.beside is not None
                     yield Job(sizes, sources[:count], TOKENS, batch, beam_size, threads, cpu)
 
 
 class Runner:
     """A system in a process of its own, whose complaints go to standard error."""
 
-    def __init__(self, name: str, python: Path, module: str, folder: Path = ROOT) -> None:
+    def __init__(self, name: str, python: Path, words: list[str], folder: Path = ROOT) -> None:
         self.name = name
-        run = ["-m", f"bench.peers.{module}"]
+        module, *options = words
+        run = ["-m", f"bench.peers.{module}", *options]
         if folder != ROOT:
             run = ["-c", BESIDE, str(ROOT), str(folder), f"bench.peers.{module}"]
         self.process = subprocess.Popen(
@@ -190,8 +204,8 @@ def beside(folder: Path, work: list[Job], rounds: int) -> None:
     python = Path(sys.executable)
     with ExitStack() as stack:
         systems = [
-            (form, [stack.enter_context(Runner(form, python, module, at)) for at in (ROOT, folder)])
-            for form, module in (("float32", "ours"), ("int8", "ours_int8"))
+            (form, [stack.enter_context(Runner(form, python, words, at)) for at in (ROOT, folder)])
+            for form, words in (("float32", ["ours"]), ("int8", ["ours_int8"]))
         ]
         for job in work:
             for form, both in systems:
@@ -209,13 +223,18 @@ def beside(folder: Path, work: list[Job], rounds: int) -> None:
 def named(job: Job) -> list[str]:
     search = "greedy" if job.beam_size == 1 else f"beam {job.beam_size}"
     size = f"{job.sizes.layers}x{job.sizes.hidden_size}"
+    if job.sizes.embedding_size != job.sizes.hidden_size:
+        size += f"x{job.sizes.embedding_size}"
     return [size, str(job.threads), search, str(job.batch)]
 
 
 def compare(runners: dict[str, Runner], work: list[Job], rounds: int) -> None:
     """Print a row for each job as soon as it is measured, then what the systems are."""
     peers = [name for name in runners if name not in (OURS, INT8)]
-    columns = [*peers, OURS, INT8, "ours / best peer", "int8 / best peer", "floor", "ours / floor"]
+    columns = [
+        *peers, OURS, INT8, "ours / best LSTM", "int8 / best LSTM", "int8 / tiny",
+        "fp32 floor", "ours / floor",
+    ]
     print(f"| size | threads | | batch | {' | '.join(columns)} |")
     print("|" + "---|" * (4 + len(columns)), flush=True)
     notes: dict[str, str] = {}
@@ -238,12 +257,14 @@ def compare(runners: dict[str, Runner], work: list[Job], rounds: int) -> None:
 
 def row(job: Job, told: dict[str, float], peers: list[str]) -> str:
     ours, int8, floor = told.get(OURS), told.get(INT8), told["floor"]
-    best = max((told[name] for name in peers if name in told), default=None)
+    best = max((told[name] for name in PEERS if name in told), default=None)
+    tiny = told.get(TINY)
     cells = [
         *named(job),
         *(f"{told[name]:.0f}" if name in told else "failed" for name in [*peers, OURS, INT8]),
         f"{ours / best:.2f}" if ours and best else "",
         f"{int8 / best:.2f}" if int8 and best else "",
+        f"{int8 / tiny:.2f}" if int8 and tiny else "",
         f"{floor:.0f}",
         f"{ours / floor:.0%}" if ours else "",
     ]

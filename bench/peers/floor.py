@@ -91,12 +91,19 @@ class Floor:
         """Measured anew at each call."""
         torch.set_num_threads(self.job.threads)
         seconds = (
-            median(self.whole)
-            + self.source * median(self.recurrent)
-            + median(self.first)
-            + (self.job.tokens - 1) * median(self.later)
+            self.median(self.whole)
+            + self.source * self.median(self.recurrent)
+            + self.median(self.first)
+            + (self.job.tokens - 1) * self.median(self.later)
         )
         return self.sentences * self.job.tokens / seconds
+
+    @torch.inference_mode()
+    def median(self, products: list[Callable[[], Tensor]]) -> float:
+        """Seconds of the sequence, in the clock of the job."""
+        clock = time.process_time if self.job.cpu_time else time.perf_counter
+        seconds_of(products, clock)
+        return statistics.median(seconds_of(products, clock) for _ in range(STEPS))
 
 
 def step(job: Job, n: int, k: int, source: int) -> list[Product]:
@@ -105,10 +112,10 @@ def step(job: Job, n: int, k: int, source: int) -> list[Product]:
     h, e, rows = sizes.hidden_size, sizes.embedding_size, n * k
     return [
         *(by_weight(rows, (h if layer else e) + h, 4 * h) for layer in range(sizes.layers)),
-        by_weight(rows, h, h),  # query
-        by_memory(n, k, h, source, transposed=True),  # scores
-        by_memory(n, k, source, h, transposed=False),  # context
-        by_weight(rows, 2 * h, e),  # readout
+        by_weight(rows, h, e),  # query: attention is as wide as the embedding, as in `ours`
+        by_memory(n, k, e, source, transposed=True),  # scores
+        by_memory(n, k, source, e, transposed=False),  # context
+        by_weight(rows, h + e, e),  # readout
         by_weight(rows, e, sizes.vocabulary),
     ]
 
@@ -120,7 +127,7 @@ def encoder(job: Job, n: int, source: int) -> tuple[list[Product], list[Product]
     recurrent = [by_weight(n, h // 2, 2 * h) for _ in range(2 * layers)]
     inputs = [by_weight(n * source, h if layer else e, 4 * h) for layer in range(layers)]
     bridge = [by_weight(n, layers * h, layers * h) for _ in "hc"]
-    attended = [by_weight(n * source, h, h) for _ in ("keys", "values")]
+    attended = [by_weight(n * source, h, e) for _ in ("keys", "values")]
     return recurrent, [*inputs, *bridge, *attended]
 
 
@@ -139,15 +146,10 @@ def chosen(products: list[Product]) -> list[Callable[[], Tensor]]:
     return [product.ways[product.spent.index(min(product.spent))] for product in products]
 
 
-def seconds_of(products: list[Callable[[], Tensor]]) -> float:
-    started = time.perf_counter()
+def seconds_of(
+    products: list[Callable[[], Tensor]], clock: Callable[[], float] = time.perf_counter
+) -> float:
+    started = clock()
     for product in products:
         product()
-    return time.perf_counter() - started
-
-
-@torch.inference_mode()
-def median(products: list[Callable[[], Tensor]]) -> float:
-    """Seconds of the sequence."""
-    seconds_of(products)
-    return statistics.median(seconds_of(products) for _ in range(STEPS))
+    return clock() - started

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Environments of the toolkits that bench.decoding and bench.training measure: bash bench/peers/install.sh DIR
 #
-# Makes DIR/joeynmt, DIR/opennmt and DIR/fairseq, about 1 GB each, with Python 3.11 (PYTHON names
+# Makes DIR/joeynmt, DIR/opennmt, DIR/fairseq and DIR/ctranslate2, about 1 GB each, with Python 3.11 (PYTHON names
 # another; not every pin has wheels for it), and tells which of them are usable; one that fails does
 # not stop the others. All get the torch of this project, so that code is compared with code: the
 # releases are older than it and ask for other versions, so each is installed without what it asks
@@ -52,8 +52,13 @@ fairseq() {
     "$folder/fairseq/bin/pip" install -q --no-deps --no-build-isolation fairseq-fixed==0.12.3.1
 }
 
+ctranslate2() {
+    environment ctranslate2 || return
+    "$folder/ctranslate2/bin/pip" install -q ctranslate2==4.8.5 numpy==2.4.6
+}
+
 cd "$root" || exit 1
-for module in joeynmt_rnn opennmt_rnn fairseq_lstm; do
+for module in joeynmt_rnn opennmt_rnn fairseq_lstm ctranslate2_transformer; do
     name=${module%_*}
     log=$folder/$name.log
     echo "$name: installing, see $log"

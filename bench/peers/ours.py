@@ -28,7 +28,7 @@ class Ours:
             encoder_hidden_size=sizes.hidden_size // 2,
             decoder_layers=sizes.layers,
             decoder_hidden_size=sizes.hidden_size,
-            attention_size=sizes.hidden_size,
+            attention_size=sizes.embedding_size,
         )
         network = Network(options, sizes.vocabulary, sizes.vocabulary)
         model: Any = ServingModel(network, max_source_length=256, max_target_length=256)
