@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, address, curl, translate
 from server.errors import ServerError
+from server.output import STDERR, STDOUT
+from server.process import ending_signals
 from server.supervisor import add_flags, add_verbose, options_of, supervise
 from server.torchserve import ServerOptions, TorchServe
 
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return supervise(options_of(options))
         return _translate(options)
     except ServerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        STDERR.say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -102,9 +104,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             verbose=arguments.verbose,
         )
     )
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
-        numbers.append(signal.SIGHUP)
+    numbers = ending_signals()
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         # The first signal starts the end; another must not interrupt it and leave a worker behind.
@@ -120,21 +120,21 @@ def _serve(arguments: argparse.Namespace) -> int:
         finally:
             server.stop()
     except _Stopped as stopped:
-        _say("stopped")
+        STDOUT.say("stopped")
         return 0 if stopped.number == signal.SIGINT else 128 + stopped.number
     return 0
 
 
 def _run(server: TorchServe) -> NoReturn:
     """Serve for ever; the way out is an exception."""
-    _say(f"starting TorchServe with {server.options.model_store}")
+    STDOUT.say(f"starting TorchServe with {server.options.model_store}")
     server.start()
-    _say("loading the model")
+    STDOUT.say("loading the model")
     server.wait_ready()
-    _say(f"ready: {address(server.url)}")
-    _say(f"metrics: {server.metrics_url}")
-    _say(f"try: {curl(server.url, 'A sentence.')}")
-    _say("stop with Ctrl-C")
+    STDOUT.say(f"ready: {address(server.url)}")
+    STDOUT.say(f"metrics: {server.metrics_url}")
+    STDOUT.say(f"try: {curl(server.url, 'A sentence.')}")
+    STDOUT.say("stop with Ctrl-C")
     server.wait()
     raise server.failure()
 

@@ -7,13 +7,13 @@ place.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO
+from io import TextIOWrapper
+
+from server.output import STDERR, escaped
 
 _KEPT_LINES = 500
 _REASON_CHARACTERS = 600
@@ -52,7 +52,9 @@ _TRACEBACK_END = (
 class ServerLog:
     """Follows a server's output to its end; lines are held back until `show`."""
 
-    def __init__(self, stream: IO[str], show: bool) -> None:
+    def __init__(self, stream: TextIOWrapper, show: bool) -> None:
+        # Anything else that ends a line is part of one, and escaped.
+        stream.reconfigure(newline="\n")
         self._stream = stream
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._shown = show
@@ -72,7 +74,7 @@ class ServerLog:
         with self._lock:
             if shown and not self._shown:
                 for line in self._lines:
-                    _print(line)
+                    STDERR.say(line)
             self._shown = shown
 
     def close(self, timeout: float) -> None:
@@ -83,7 +85,7 @@ class ServerLog:
 
     def _follow(self) -> None:
         for text in self._stream:
-            line = with_level(text.rstrip())
+            line = with_level(escaped(text.rstrip()))
             if _NOISE.search(line):
                 continue
             if _WORKER_DIED in line:
@@ -91,13 +93,7 @@ class ServerLog:
             with self._lock:
                 self._lines.append(line)
                 if self._shown:
-                    _print(line)
-
-
-def _print(line: str) -> None:
-    # Whatever became of standard error, the server's output must be read on, or it stands still.
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
+                    STDERR.say(line)
 
 
 def with_level(line: str) -> str:

@@ -4,7 +4,7 @@ It starts Java, answers the probes, lets requests in flight end before Java does
 ends. TorchServe 0.12 alone does none of it: its /ping is 200 while a model loads, SIGTERM resets
 whatever is in flight, and its own entrypoint stays when the server has died.
 
-After SIGTERM the container has terminationGracePeriodSeconds to end:
+After SIGTERM (or SIGINT, SIGHUP, SIGQUIT) the container has terminationGracePeriodSeconds to end:
 
     settle-seconds   unready, but serving: load balancers and kube-proxies need some seconds to
                      learn that the pod is leaving, and send requests until then
@@ -37,7 +37,6 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,7 +45,9 @@ from pathlib import Path
 from server.errors import ServerError
 from server.health import PROMETHEUS, TEXT, HealthServer, Metric, Page, prometheus
 from server.options import CONFIG, VERBOSE, ServerOptions
+from server.output import STDOUT
 from server.ports import unsent
+from server.process import ending_signals
 from server.torchserve import TorchServe
 from server.watch import Watch
 
@@ -163,7 +164,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Serve until a signal or Java's end; return the exit status."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ending_signals():
             signal.signal(number, self._count)
         health = None
         try:
@@ -298,15 +299,7 @@ class Supervisor:
 
 def supervise(options: SupervisorOptions) -> int:
     """Run a server as a container's first process does; return the exit status."""
-    status = Supervisor(options).run()
-    for stream in (sys.stdout, sys.stderr):
-        # What could not be written would be tried again at exit, and change the exit status.
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return status
+    return Supervisor(options).run()
 
 
 def reap_orphans(own: int) -> None:
@@ -320,9 +313,8 @@ def reap_orphans(own: int) -> None:
 
 
 def say(line: str) -> None:
-    """Write a line for whoever reads the container's log, if that is possible."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, flush=True)
+    """Write a line for whoever reads the container's log."""
+    STDOUT.say(line)
 
 
 def _page(problem: str) -> tuple[int, str, str]:

@@ -6,6 +6,7 @@ Java is started directly, because the `torchserve` command passes no signal on t
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import shutil
@@ -32,7 +33,13 @@ from server.log import ServerLog, exit_reason, load_failure
 from server.memory import heap_size, memory_limit
 from server.options import LOOPBACK, VERBOSE, ServerOptions
 from server.ports import choose_ports
-from server.process import GONE_SECONDS, STOP_SECONDS, end_group, private_directory
+from server.process import (
+    GONE_SECONDS,
+    STOP_SECONDS,
+    bound_to_us,
+    end_group,
+    private_directory,
+)
 
 __all__ = ["ServerOptions", "TorchServe"]
 
@@ -161,8 +168,9 @@ class TorchServe:
             errors="replace",
             # Ctrl-C in a terminal reaches us alone, and one signal reaches every worker.
             start_new_session=True,
+            preexec_fn=bound_to_us(),
         )
-        assert self._process.stdout is not None
+        assert isinstance(self._process.stdout, io.TextIOWrapper)
         self._log = ServerLog(self._process.stdout, show=options.verbose)
 
     def wait_ready(self, timeout: float | None = None) -> None:
