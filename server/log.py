@@ -100,6 +100,12 @@ def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def show_line(line: str) -> None:
+    """Write a line for whoever reads the log, if that is possible."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, flush=True)
+
+
 def with_level(line: str) -> str:
     """Return a line at the level that the worker gave it."""
     found = _LEVELLED.match(line)
