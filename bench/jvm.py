@@ -10,12 +10,13 @@ from unittest.mock import patch
 
 from server.__main__ import main
 from server.jvm import jvm_flags
+from server.memory import Shares
 
-Flags = Callable[[int, int, Path, Path | None], list[str]]
+Flags = Callable[[Shares, int, Path, Path | None], list[str]]
 
 VARIANTS: dict[str, Flags] = {
-    "java's choice": lambda heap, *_: [f"-Xmx{heap}m", "-XX:+ExitOnOutOfMemoryError"],
-    "flags": lambda heap, cpus, *_: jvm_flags(heap, cpus, Path("/nowhere"), None),
+    "java's choice": lambda memory, *_: [f"-Xmx{memory.heap}m", "-XX:+ExitOnOutOfMemoryError"],
+    "flags": lambda memory, cpus, *_: jvm_flags(memory, cpus, Path("/nowhere"), None),
     "flags, classes": jvm_flags,
 }
 

@@ -26,13 +26,14 @@ from handler.decoding import Engine, native
 from handler.decoding.cuda_runner import CudaOptions, rows_for
 from handler.decoding.failures import DeviceLost
 from handler.decoding.model import load, weight_type
+from handler.departures import HEADER, Departures
 from handler.doors import Native
 from handler.fields import read
 from handler.integrity import verify_digests
 from handler.logs import set_up
 from handler.reporting import Calls, report
 from handler.request import Refusal, door_of
-from handler.service import Reply, Service, internal_error, refused
+from handler.service import Reply, Service, departed, internal_error, refused
 from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
 
@@ -102,6 +103,7 @@ class Seq2SeqHandler:
         times.append(time.perf_counter())
         self.service.warm_up()
         times.append(time.perf_counter())
+        self.departures = Departures.named()
         self.calls = Calls()
         threading.Thread(
             target=report, args=(self.service, self.calls, ctx.metrics), daemon=True
@@ -126,6 +128,8 @@ class Seq2SeqHandler:
             os._exit(1)
 
     def answered(self, data: list[dict[str, Any]], ctx: Any) -> list[str]:
+        for left in self.departures.read():
+            self.service.leave(left)
         live = [self.incoming(i, one, ctx) for i, one in enumerate(data)]
         told = [self.told(i, one, ctx) for i, one in enumerate(self.service.round(live))]
         ctx.stopping_criteria = [criterion(reply) for reply in told]
@@ -161,6 +165,8 @@ class Seq2SeqHandler:
 
     def new(self, i: int, name: str, one: dict[str, Any], ctx: Any) -> Incoming:
         body = one.get("body", one.get("data"))
+        if not self.departures.arrived(header(ctx, i, HEADER), name, self.service.known):
+            return Incoming(name, refusal=departed())
         client = ANYBODY
         if self.tokens is not None:
             found = self.tokens.admit(headers(ctx, i, "authorization"))

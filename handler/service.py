@@ -33,6 +33,7 @@ from handler.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 EVENTS = "text/event-stream"
+LEFT = "ClientLeft"
 PART = 0.25  # of a round at most, for admissions that need several turns; and so for answers
 
 
@@ -113,7 +114,7 @@ class Service:
             self.forget(gone)
             self.metrics.count("cancellations_total")
         for one in live:
-            if one.id not in self.known:
+            if one.id not in self.known and one.id not in self.replies:
                 self.begin(one, started)
         length = self.options.round_ms / 1000
         until = started + length
@@ -293,7 +294,9 @@ class Service:
 
     def fail(self, key: str, refusal: Refusal) -> None:
         """End a request with an error."""
-        if key not in self.pending:
+        if refusal.kind == LEFT:
+            self.metrics.count("cancellations_total")
+        elif key not in self.pending:
             self.metrics.count("refusals_total", reason=refusal.kind)
         self.finish(key, self.failure(key, refusal))
 
@@ -348,6 +351,14 @@ class Service:
             if self.owner.pop(sentence, None) is not None:
                 self.engine.cancel(sentence)
 
+    def leave(self, key: str) -> None:
+        """A client has left, as the front says: its work ends now. TorchServe, which does not know,
+        gets an answer that nobody reads."""
+        if key in self.known:
+            self.replies[key] = self.failure(key, departed())
+            self.forget(key)
+            self.metrics.count("cancellations_total")
+
     def gauges(self) -> dict[str, float]:
         """How full the service was after the last round; another thread may ask."""
         return self.figures
@@ -383,6 +394,10 @@ def refused(refusal: Refusal, door: Door) -> Reply:
     retry_after = 1 if refusal.status in (429, 503) else None
     body = door.refuse(refusal.told())
     return Reply(refusal.status, JSON, body, failed=True, retry_after=retry_after)
+
+
+def departed() -> Refusal:
+    return Refusal(408, LEFT, "the client has left")
 
 
 def internal_error() -> Refusal:

@@ -102,6 +102,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             management_port=port(arguments.management_port, defaults.management_port),
             metrics_port=port(arguments.metrics_port, defaults.metrics_port),
             verbose=arguments.verbose,
+            access_log=arguments.verbose,
         )
     )
     numbers = ending_signals()

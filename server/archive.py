@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -55,6 +56,21 @@ def unpacked_size(archive: Path) -> int:
     """Return the bytes of an archive's files, of an archive that was checked."""
     with zipfile.ZipFile(archive) as content:
         return sum(each.file_size for each in content.infolist())
+
+
+def version_of(archive: Path) -> str:
+    """Return the model's version, of an archive that was checked.
+
+    Raises:
+        ServerError: its manifest does not tell it.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return str(json.loads(content.read(_MANIFEST))["model"]["modelVersion"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerError(
+            f"archive {archive} has a {_MANIFEST} without model.modelVersion: make it again"
+        ) from error
 
 
 def _read_digest(digest_file: Path, name: str) -> str:

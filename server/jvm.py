@@ -11,23 +11,27 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from server.memory import Shares
+
 
 def classes_file(version: int) -> Path:
     """Where an environment keeps the classes of a release of Java."""
     return Path(sys.prefix) / "share" / "seq2serve" / f"classes-{version}.jsa"
 
 
-def jvm_flags(heap: int, cpus: int, classes: Path, record: Path | None) -> list[str]:
+def jvm_flags(memory: Shares, cpus: int, classes: Path, record: Path | None) -> list[str]:
     """Return Java's flags.
 
     Args:
-        heap: MiB.
+        memory: that Java gets.
         cpus: that Java thinks there are.
         classes: taken from there, if it exists.
         record: where Java writes the names of the classes it loads; None not to.
     """
     flags = [
-        f"-Xmx{heap}m",
+        f"-Xmx{memory.heap}m",
+        # Buffers of the network, which are no part of the heap.
+        f"-XX:MaxDirectMemorySize={memory.direct}m",
         "-XX:+ExitOnOutOfMemoryError",
         # Its own choice of threads and collector is for a machine that it has to itself.
         f"-XX:ActiveProcessorCount={cpus}",

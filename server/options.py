@@ -9,6 +9,7 @@ from pathlib import Path
 from server.errors import ServerError
 
 CONFIG = Path(__file__).resolve().parent.parent / "config.properties"
+FRONT_CONFIG = CONFIG.with_name("haproxy.cfg")
 LOOPBACK = "127.0.0.1"
 # "true" shows all that is logged, as --verbose does; handler/logs.py reads it too.
 VERBOSE = "SEQ2SERVE_VERBOSE"
@@ -28,6 +29,9 @@ class ServerOptions:
     metrics_host: str = LOOPBACK
     worker_port: int = 0
     config: Path = CONFIG
+    front_config: Path = FRONT_CONFIG
+    # Tell each request in a line of JSON on standard output.
+    access_log: bool = False
     # Show all that TorchServe and the worker log.
     verbose: bool = False
     # Where the server's temporary directory is made; None: where the system makes such.

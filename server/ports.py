@@ -9,8 +9,9 @@ from pathlib import Path
 
 from server.errors import ServerError
 
-# Connections that are established, and those whose client has said all that it had to say.
-_SENDING = ("01", "08")
+# Connections that are established, those whose client has said all that it had to say, and those
+# that we have closed with bytes still to be sent: FIN_WAIT1, LAST_ACK, CLOSING.
+_SENDING = ("01", "08", "04", "09", "0B")
 
 
 def choose_ports(wanted: Mapping[str, tuple[str, int]]) -> dict[str, int]:

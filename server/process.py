@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from server.errors import ServerError
 
@@ -75,7 +76,7 @@ def private_directory(parent: Path | None, worker_port: int) -> Path:
     )
 
 
-def end_group(process: subprocess.Popen[str], seconds: float = STOP_SECONDS) -> None:
+def end_group(process: subprocess.Popen[Any], seconds: float = STOP_SECONDS) -> None:
     """End a process and all others of its group, and wait until they are gone.
 
     Args:

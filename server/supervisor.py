@@ -1,14 +1,16 @@
 """python -m server supervise: the first process of a container.
 
-It starts Java, answers the probes, lets requests in flight end before Java does, and ends when Java
-ends. TorchServe 0.12 alone does none of it: its /ping is 200 while a model loads, SIGTERM resets
-whatever is in flight, and its own entrypoint stays when the server has died.
+It starts the HTTP front and Java, answers the probes, lets requests in flight end before Java
+does, and ends when Java ends. TorchServe 0.12 alone does none of it: its /ping is 200 while a model
+loads, SIGTERM resets whatever is in flight, and its own entrypoint stays when the server has died.
 
 After SIGTERM (or SIGINT, SIGHUP, SIGQUIT) the container has terminationGracePeriodSeconds to end:
 
     settle-seconds   unready, but serving: load balancers and kube-proxies need some seconds to
-                     learn that the pod is leaving, and send requests until then
-    drain-seconds    at most, until the last request is answered
+                     learn that the pod is leaving, and send requests until then. Each answer closes
+                     its connection
+    drain-seconds    at most, until the last request is answered: nobody is let in any more, and
+                     connections that are idle are closed
     stop-seconds     at most, until Java has ended (it takes 3)
     5                at most, to bury what was killed
 
@@ -19,11 +21,8 @@ After SIGTERM (or SIGINT, SIGHUP, SIGQUIT) the container has terminationGracePer
 A preStop hook would come out of the same seconds, and is not needed. A second SIGTERM skips what is
 left of the waiting; one before the model is ready finds nobody to wait for.
 
-When nothing is in flight? TorchServe tells what waits in its queue, the handler what it works on,
-the latter up to a second late. So a drain is over when for `STILL` seconds nothing has arrived
-(a counter) and nothing has waited (the queue), and after that the handler tells 0: a request that
-were still there would have been with the handler for longer than it takes to be told. And when no
-connection holds bytes of an answer that its client has yet to take.
+A drain is over when the front has ended, which it does with its last connection, and no connection
+holds bytes of an answer that its client has yet to take.
 
 Exit status: 0 where the end was asked for and no request was cut off, so that Kubernetes calls the
 container Completed; 1 for all else (Java or the model failed, or requests were in flight when the
@@ -44,7 +43,7 @@ from pathlib import Path
 
 from server.errors import ServerError
 from server.health import PROMETHEUS, TEXT, HealthServer, Metric, Page, prometheus
-from server.options import CONFIG, VERBOSE, ServerOptions
+from server.options import CONFIG, FRONT_CONFIG, VERBOSE, ServerOptions
 from server.output import STDOUT
 from server.ports import unsent
 from server.process import ending_signals
@@ -52,7 +51,8 @@ from server.torchserve import TorchServe
 from server.watch import Watch
 
 STALE = 10.0  # seconds after which a snapshot says nothing of now: three looks that failed
-STILL = 2.5  # seconds; the handler tells once a second, and TorchServe needs a moment to read it
+# Seconds of the same after which TorchServe is dead: a look takes up to 5, and rests for up to 5.
+SILENT = 14.0
 # Seconds for which TorchServe starts a worker again (maxRetryTimeoutInSec of model-config.yaml).
 _RETRY = 60.0
 _TICK = 0.1  # seconds between two looks at signals and at Java
@@ -90,17 +90,18 @@ def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -
     defaults = SupervisorOptions()
     for flag, kind, default, explained in (
         ("model-store", Path, "/models", "folder of seq2seq.mar"),
-        ("host", str, "0.0.0.0", "address to serve"),
+        ("host", str, "0.0.0.0", "address to serve, of the HTTP front"),
         ("port", int, 8080, "of requests"),
         ("management-port", int, 8081, "of TorchServe's management, on loopback"),
-        ("metrics-host", str, "0.0.0.0", "address of TorchServe's metrics"),
-        ("metrics-port", int, 8082, "of TorchServe's metrics"),
+        ("metrics-host", str, "0.0.0.0", "address of TorchServe's and the front's metrics"),
+        ("metrics-port", int, 8082, "of /metrics and /front/metrics"),
         ("health-port", int, defaults.health_port, "of /livez /readyz /startupz /metrics"),
         ("settle-seconds", float, defaults.settle_seconds, "unready but serving, after SIGTERM"),
         ("drain-seconds", float, defaults.drain_seconds, "then at most for requests in flight"),
         ("stop-seconds", float, defaults.stop_seconds, "then at most for Java to end"),
         ("sha256", str, "", "digest that seq2seq.mar must have"),
         ("config", Path, CONFIG, "TorchServe's configuration"),
+        ("front-config", Path, FRONT_CONFIG, "the HTTP front's configuration"),
     ):
         variable = f"SEQ2SERVE_{flag.upper().replace('-', '_')}"
         given = environment.get(variable)
@@ -141,6 +142,8 @@ def options_of(arguments: argparse.Namespace) -> SupervisorOptions:
             metrics_port=arguments.metrics_port,
             sha256=arguments.sha256,
             config=arguments.config,
+            front_config=arguments.front_config,
+            access_log=True,
             verbose=arguments.verbose,
             require_digest=True,
         ),
@@ -189,7 +192,7 @@ class Supervisor:
         """Return when the model is ready, or at a signal."""
         say(f"starting TorchServe with {self.options.server.model_store}")
         self.server.start()
-        say(f"loading the model; Java has a heap of {self.server.heap} MiB")
+        say(f"loading the model; Java has a heap of {self.server.memory.heap} MiB")
         self.watch.begin()
         while not self.watch.started and not self.signals:
             self._tick()
@@ -204,16 +207,19 @@ class Supervisor:
         while not self.signals:
             self._tick()
         self.draining = True
+        front = self.server.front
+        front.close()
         say(f"unready, and serving for {options.settle_seconds:g} s more")
         self._pause(options.settle_seconds)
+        front.leave()
         say(f"waiting for requests in flight ({self.watch.snapshot.told}), at most "
             f"{options.drain_seconds:g} s")
         deadline = time.monotonic() + options.drain_seconds
         while not self.drained():
-            if time.monotonic() >= deadline or self.signals > 1:
+            if front.lost or time.monotonic() >= deadline or self.signals > 1:
                 left, reading = self.watch.snapshot, unsent(self.server.port)
                 say(f"stopping with {left.told}, {reading} being read")
-                return int(left.live != 0 or left.pending > 0 or reading > 0)
+                return int(front.lost or left.live != 0 or left.pending > 0 or reading > 0)
             self._tick()
         say("every request is answered")
         return 0
@@ -226,15 +232,13 @@ class Supervisor:
     def _tick(self) -> None:
         """Wait a little, bury orphans; raise where Java has ended."""
         time.sleep(_TICK)
-        if self.server.poll() is not None:
+        if self.server.failed():
             raise self.server.failure()
-        reap_orphans(self.server.pid)
+        reap_orphans(self.server.pid, self.server.front.pid)
 
     def drained(self) -> bool:
         """Say whether no request is in flight; see the module."""
-        last, now = self.watch.snapshot, time.monotonic()
-        answered = last.live == 0 and last.time - last.still >= STILL and now - last.time < STILL
-        return answered and not unsent(self.server.port)
+        return self.server.front.gone() and not unsent(self.server.port)
 
     def dead(self) -> str:
         """Say why the container cannot mend itself, "" where it can."""
@@ -242,6 +246,9 @@ class Supervisor:
         if watch.started is None or self.draining:
             # A start has its own time limit, and nobody restarts what is about to end.
             return ""
+        age = time.monotonic() - watch.snapshot.time
+        if age > SILENT:
+            return f"TorchServe has not answered for {age:.0f} s"
         # TorchServe's own attempts at a new worker, the last of which takes as long as a start.
         patience = _RETRY + 2 * (watch.started - self.begun)
         silent = time.monotonic() - watch.ready
@@ -279,6 +286,8 @@ class Supervisor:
              int(self.draining)),
             ("seq2serve_worker_restarts_total", "counter",
              "Workers that took the place of another.", {}, watch.restarts),
+            ("seq2serve_front_restarts_total", "counter",
+             "Times that the HTTP front was started anew.", {}, self.server.front_restarts),
         ]
         if watch.started is not None:
             told += [
@@ -302,13 +311,13 @@ def supervise(options: SupervisorOptions) -> int:
     return Supervisor(options).run()
 
 
-def reap_orphans(own: int) -> None:
+def reap_orphans(*own: int | None) -> None:
     """Bury dead processes that process 1 inherited, and leave the status of `own` where it is."""
     if not hasattr(os, "waitid"):  # macOS, where nobody is process 1 of a container
         return
     with contextlib.suppress(ChildProcessError):
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        while (found := os.waitid(os.P_ALL, 0, look)) is not None and found.si_pid != own:
+        while (found := os.waitid(os.P_ALL, 0, look)) is not None and found.si_pid not in own:
             os.waitpid(found.si_pid, os.WNOHANG)
 
 

@@ -1,17 +1,22 @@
-"""Run TorchServe 0.12: what it needs, started, watched and stopped without leaving anything behind.
+"""Run TorchServe 0.12 behind its HTTP front: what it needs, started, watched and stopped without
+leaving anything behind.
 
-Java is started directly, because the `torchserve` command passes no signal on to it.
+Java is started directly, because the `torchserve` command passes no signal on to it. All its ports
+are on loopback; clients and Prometheus reach the front (server/front.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,16 +27,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from server.archive import check_archive, unpacked_size
+from server.archive import check_archive, unpacked_size, version_of
 from server.config import check_config
 from server.cpus import frontend_cpus
 from server.devices import device_environment
 from server.errors import ServerError
+from server.front import Front, FrontOptions, listening
+from server.health import HealthServer
 from server.java import find_java
 from server.jvm import classes_file, jvm_flags
 from server.log import ServerLog, exit_reason, load_failure
-from server.memory import heap_size, memory_limit
+from server.memory import Shares, memory_limit, shares
 from server.options import LOOPBACK, VERBOSE, ServerOptions
+from server.output import STDOUT
 from server.ports import choose_ports
 from server.process import (
     GONE_SECONDS,
@@ -40,6 +48,7 @@ from server.process import (
     end_group,
     private_directory,
 )
+from server.protocol import protocol_pages
 
 __all__ = ["ServerOptions", "TorchServe"]
 
@@ -47,6 +56,11 @@ LOGGING = Path(__file__).resolve().parent / "log4j2.xml"
 _POLL_SECONDS = 0.1
 _EXPLANATION_SECONDS = 3.0
 REQUEST_SECONDS = 10.0
+_WAIT_SECONDS = 0.5  # between two looks at the front
+# Seconds for which an answer about readiness holds: TorchServe runs nvidia-smi for each on a GPU.
+_LATELY = 1.0
+# Where the handler finds what the front tells it; handler/departures.py reads it.
+LEFT = "SEQ2SERVE_LEFT"
 # Java sets these itself from its arguments; a variable of the user's would silently win.
 _OWNED_VARIABLES = {
     "LOG_LOCATION",
@@ -70,7 +84,11 @@ class TorchServe:
         self._directory: Path | None = None
         # SHA-256 of each model's archive, of those that have a digest to check.
         self.digests: dict[str, str] = {}
-        self.heap = 0  # MiB that Java was given
+        self.memory = Shares(0, 0)  # of Java and the front
+        self._front: Front | None = None
+        self._pages: HealthServer | None = None
+        self._ready = (-math.inf, False)  # when it was last asked for, and what the answer was
+        self._ready_lock = threading.Lock()
         self.cpus = frontend_cpus()  # of Java
 
     def __enter__(self) -> TorchServe:
@@ -92,13 +110,35 @@ class TorchServe:
 
     @property
     def url(self) -> str:
-        """Where requests go."""
+        """Where requests go: the front."""
         return f"http://{_reachable(self.options.host)}:{self._port('inference')}"
 
     @property
     def port(self) -> int:
         """Where requests go, on this machine."""
         return self._port("inference")
+
+    @property
+    def torchserve_url(self) -> str:
+        """TorchServe itself, behind the front."""
+        return f"http://{LOOPBACK}:{self._port('torchserve')}"
+
+    @property
+    def torchserve_metrics_url(self) -> str:
+        """TorchServe's metrics, behind the front."""
+        return f"http://{LOOPBACK}:{self._port('torchserve metrics')}/metrics"
+
+    @property
+    def front(self) -> Front:
+        """The HTTP front of a server that was started."""
+        if self._front is None:
+            raise ServerError("the server is not started: start it first")
+        return self._front
+
+    @property
+    def front_restarts(self) -> int:
+        """How often the front was started anew."""
+        return self._front.restarts if self._front is not None else 0
 
     @property
     def management_url(self) -> str:
@@ -123,7 +163,7 @@ class TorchServe:
         check_config(options.config, torchserve_home())
         self.digests = self._checked_digests()
         archives = (options.model_store / model.split("=")[1] for model in options.models)
-        self.heap = heap_size(memory_limit(), sum(map(unpacked_size, archives)))
+        self.memory = shares(memory_limit(), sum(map(unpacked_size, archives)))
         java = find_java()
         home = torchserve_home()
         self._ports = choose_ports(
@@ -131,12 +171,16 @@ class TorchServe:
                 "inference": (options.host, options.port),
                 "management": (LOOPBACK, options.management_port),
                 "metrics": (options.metrics_host, options.metrics_port),
+                "torchserve": (LOOPBACK, 0),
+                "torchserve metrics": (LOOPBACK, 0),
                 "worker": (LOOPBACK, options.worker_port),
                 "grpc inference": (LOOPBACK, 0),
                 "grpc management": (LOOPBACK, 0),
             }
         )
         self._directory = private_directory(options.state_dir, self._ports["worker"])
+        self._pages = HealthServer(LOOPBACK, 0, protocol_pages(self._versions(), self.ready_lately))
+        self._front = self._started_front(self._directory, self._pages.port)
         command = [
             str(java.path.absolute()),
             f"-Dmodel_server_home={home}",
@@ -144,7 +188,7 @@ class TorchServe:
             f"-Dlog4j.configurationFile={LOGGING.as_uri()}",
             f"-Dseq2serve.log={'info' if options.verbose else 'warn'}",
             *jvm_flags(
-                self.heap, self.cpus, classes_file(java.version), options.record_classes
+                self.memory, self.cpus, classes_file(java.version), options.record_classes
             ),
             *("-cp", class_path(home)),
             "org.pytorch.serve.ModelServer",
@@ -199,12 +243,20 @@ class TorchServe:
         """Return Java's exit status, None while it runs."""
         return self._running().poll()
 
-    def wait(self) -> int:
-        """Wait for Java to end, which it does not do by itself, and return its exit status."""
-        return self._running().wait()
+    def failed(self) -> bool:
+        """Say whether it serves no more: Java has ended, or there is no front."""
+        return self.poll() is not None or self.front.failure is not None
+
+    def wait(self) -> None:
+        """Wait until it serves no more, which does not happen by itself."""
+        while not self.failed():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._running().wait(_WAIT_SECONDS)
 
     def failure(self) -> ServerError:
-        """Return the error that tells why Java ended."""
+        """Return the error that tells why it serves no more."""
+        if self.poll() is None and self.front.failure is not None:
+            return self.front.failure
         assert self._log is not None
         self._log.close(GONE_SECONDS)
         lines, status = self._log.lines, self._running().poll()
@@ -219,8 +271,13 @@ class TorchServe:
             seconds: that Java has to end by itself.
         """
         process, log, directory = self._process, self._log, self._directory
-        self._process = self._log = self._directory = None
+        front, pages = self._front, self._pages
+        self._process = self._log = self._directory = self._front = self._pages = None
         try:
+            if front is not None:
+                front.stop()
+            if pages is not None:
+                pages.close()
             if process is not None and log is not None:
                 # The end of a connection to a worker looks like an error, and is logged as one.
                 log.show(self.options.verbose)
@@ -239,9 +296,9 @@ class TorchServe:
         }
         ports, options = self._ports, self.options
         return kept | {
-            "TS_INFERENCE_ADDRESS": f"http://{options.host}:{ports['inference']}",
+            "TS_INFERENCE_ADDRESS": f"http://{LOOPBACK}:{ports['torchserve']}",
             "TS_MANAGEMENT_ADDRESS": f"http://{LOOPBACK}:{ports['management']}",
-            "TS_METRICS_ADDRESS": f"http://{options.metrics_host}:{ports['metrics']}",
+            "TS_METRICS_ADDRESS": f"http://{LOOPBACK}:{ports['torchserve metrics']}",
             "TS_GRPC_INFERENCE_ADDRESS": LOOPBACK,
             "TS_GRPC_MANAGEMENT_ADDRESS": LOOPBACK,
             "TS_GRPC_INFERENCE_PORT": str(ports["grpc inference"]),
@@ -249,7 +306,45 @@ class TorchServe:
             "TS_INITIAL_WORKER_PORT": str(ports["worker"]),
             "TS_NUMBER_OF_NETTY_THREADS": str(self.cpus),
             VERBOSE: "true" if options.verbose else "false",
+            LEFT: str(self.front.left),
         }
+
+    def _started_front(self, folder: Path, protocol: int) -> Front:
+        options, ports = self.options, self._ports
+        clients = listening("inference", options.host, ports["inference"])
+        try:
+            metrics = listening("metrics", options.metrics_host, ports["metrics"])
+        except ServerError:
+            clients.close()
+            raise
+        told = FrontOptions(
+            options.front_config, folder, ports["torchserve"], ports["torchserve metrics"],
+            protocol, self.memory.front, STDOUT.say if options.access_log else None,
+        )
+        front = Front(told, clients, metrics)
+        try:
+            front.start()
+        except BaseException:
+            front.stop()
+            raise
+        return front
+
+    def _versions(self) -> dict[str, list[str]]:
+        """Return the versions of each model, as their archives tell them."""
+        found: dict[str, list[str]] = {}
+        for model in self.options.models:
+            name, file = model.split("=")
+            found.setdefault(name, []).append(version_of(self.options.model_store / file))
+        return found
+
+    def ready_lately(self) -> bool:
+        """Say whether it was ready within the last second or so; many may ask at once."""
+        with self._ready_lock:
+            asked, ready = self._ready
+            if time.monotonic() - asked > _LATELY:
+                ready = self._process is not None and self.is_ready()
+                self._ready = time.monotonic(), ready
+            return ready
 
     def described(self, name: str, timeout: float = REQUEST_SECONDS) -> list[dict[str, Any]]:
         """Return what management tells of a model, one entry for each version.
@@ -307,7 +402,7 @@ class TorchServe:
         return sum(ready) == versions
 
     def _raise_if_failed(self) -> None:
-        if self._running().poll() is not None:
+        if self.failed():
             raise self.failure()
         assert self._log is not None
         if self._log.worker_died:

@@ -10,6 +10,7 @@ import math
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -132,8 +133,13 @@ class Watch:
         began = time.monotonic()
         # Metrics first: a request that leaves the queue in between is seen in it, not lost.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(self.server.metrics_url, timeout=_ANSWER_SECONDS) as reply:
+        with direct.open(self.server.torchserve_metrics_url, timeout=_ANSWER_SECONDS) as reply:
             metrics = reply.read().decode("utf-8")
+        # Whether requests are read at all; what the answer says is told better by management.
+        try:
+            direct.open(f"{self.server.torchserve_url}/ping", timeout=_ANSWER_SECONDS).close()
+        except urllib.error.HTTPError as error:
+            error.close()
         versions = self.server.described(self.name, _ANSWER_SECONDS)
         return read_snapshot(began, versions, metrics)
 

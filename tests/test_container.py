@@ -9,7 +9,7 @@ import pytest
 
 from server.devices import VISIBLE, WORKER_VISIBLE, device_environment
 from server.errors import ServerError
-from server.memory import HEAP, MIB, heap_size, memory_limit
+from server.memory import HEAP, MIB, FrontLimits, Shares, memory_limit, shares
 from server.options import ServerOptions
 from server.supervisor import SupervisorOptions, add_flags, options_of
 
@@ -53,23 +53,26 @@ def test_the_driver_comes_last_on_both_paths_where_it_is(tmp_path):
 
 def test_java_gets_what_the_others_leave(tmp_path):
     archive = 20 * MIB
-    assert heap_size(None, archive) == heap_size(64 << 30, archive) == HEAP
+    assert shares(None, archive) == shares(64 << 30, archive) == Shares(HEAP, HEAP * 5 // 8)
+    assert shares(None, archive).front == FrontLimits(uploads=400, answers=29)
     least = next(n for n in range(4096) if fits(n * MIB, archive))
-    sizes = [heap_size(n * MIB, archive) for n in range(least, 4096, 64)]
+    sizes = [shares(n * MIB, archive).heap for n in range(least, 4096, 64)]
     assert sizes == sorted(sizes)
     assert sizes[-1] == HEAP
     for n in (least, 1500, 2048):
-        heap = heap_size(n * MIB, archive)
-        assert 2 * heap < n
+        found = shares(n * MIB, archive)
+        uploads = found.front.uploads * 288 / 1024
+        assert found.heap + found.direct + uploads + 128 + 48 + 32 + 384 + 60 <= n
+        assert found.front.answers > 0
         # Weights take the place of heap, in several copies.
-        assert heap_size((n + 300) * MIB, archive + 100 * MIB) == heap
+        assert shares((n + 300) * MIB, archive + 100 * MIB) == found
     with pytest.raises(ServerError, match=rf"{least - 1} MiB: allowed is {least} MiB"):
-        heap_size((least - 1) * MIB, archive)
+        shares((least - 1) * MIB, archive)
 
 
 def fits(limit: int, archive: int) -> bool:
     with contextlib.suppress(ServerError):
-        return heap_size(limit, archive) > 0
+        return shares(limit, archive).heap > 0
     return False
 
 

@@ -13,7 +13,7 @@ import yaml
 from k8s_pods import environment, workloads
 from k8s_tools import COMBINATIONS, K8S, ROOT, documents, kustomize, text
 
-from server.memory import heap_size
+from server.memory import shares
 from server.supervisor import add_flags
 
 COMPONENTS = sorted(path.parent.name for path in K8S.glob("components/*/kustomization.yaml"))
@@ -206,4 +206,4 @@ def test_java_gets_its_heap_beside_a_model(combination: str, heap: int) -> None:
     limit = int(amount.removesuffix("Gi")) << 30
     # A GPU's worker takes 2 GiB more.
     cuda = (2 << 30) * ("nvidia.com/gpu" in server.server["resources"]["limits"])
-    assert heap_size(limit - cuda, 20 << 20) >= heap
+    assert shares(limit - cuda, 20 << 20).heap >= heap

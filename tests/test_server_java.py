@@ -16,6 +16,7 @@ from server.cpus import FRONTEND, frontend_cpus, usable_cpus
 from server.errors import ServerError
 from server.java import Java, find_java
 from server.jvm import classes_file, jvm_flags
+from server.memory import Shares
 from server.torchserve import TorchServe
 
 
@@ -82,12 +83,12 @@ def test_java_gets_no_more_cpus_than_it_needs(
 def test_classes_are_taken_where_there_are_some(tmp_path: Path) -> None:
     assert classes_file(17) != classes_file(25)
     classes = tmp_path / "classes.jsa"
-    without = jvm_flags(256, 2, classes, None)
+    without = jvm_flags(Shares(256, 160), 2, classes, None)
     classes.touch()
-    assert set(jvm_flags(256, 2, classes, None)) - set(without) == {
+    assert set(jvm_flags(Shares(256, 160), 2, classes, None)) - set(without) == {
         f"-XX:SharedArchiveFile={classes}"
     }
-    assert not any("SharedArchiveFile" in flag for flag in jvm_flags(256, 2, classes, tmp_path))
+    assert not any("SharedArchiveFile" in flag for flag in jvm_flags(Shares(256, 160), 2, classes, tmp_path))
 
 
 def test_classes_that_java_wrote_are_used_and_others_are_not_needed(
