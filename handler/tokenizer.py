@@ -2,10 +2,27 @@
 
 import codecs
 import os
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
+
+# White space, and the byte order mark that joined files leave in the middle.
+SPACE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\ufeff"
+SIGN = "\u2581"  # SentencePiece's own for a space: in text it is read as one
+# What shows nothing though Unicode calls it a letter, a mark or a symbol: fillers, joiners,
+# variation selectors, the empty Braille cell; and U+FFFD, which nmt_nfkc removes.
+UNSEEN = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0\ufffd" + SIGN
+) | {*map(chr, range(0xFE00, 0xFE10)), *map(chr, range(0xE0100, 0xE01F0))}
+
+
+def blank(text: str) -> bool:
+    """Whether nothing in `text` can be seen. No normalisation turns other text into nothing."""
+    return all(
+        c in UNSEEN or unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text
+    )
 
 
 class Tokenizer:
@@ -49,7 +66,8 @@ class Tokenizer:
         return int(self._processor.get_piece_size())
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without BOS and EOS; none for text that normalises to nothing.
+        """The ids of `text`, without BOS and EOS; none where nothing in it can be seen, or where it
+        normalises to nothing. White space at both ends is no part of it.
 
         Raises:
             ValueError: `text` is no Unicode text: it has a lone surrogate.
@@ -61,7 +79,13 @@ class Tokenizer:
                 f"character {error.start} is a lone surrogate, U+{ord(text[error.start]):04X}; "
                 "allowed: Unicode text"
             ) from None
-        return list(self._processor.encode(text))
+        return [] if blank(text) else list(self._processor.encode(text.strip(SPACE)))
+
+    def normalised(self, text: str) -> str:
+        """What `encode` reads of `text`, and so all that can be decoded again: normalised as this
+        vocabulary was learnt, which may change nothing."""
+        read = str(self._processor.normalize(text.strip(SPACE)))
+        return read.replace(SIGN, " ").removeprefix(" ")
 
     def sample(self, ids: list[int], alpha: float) -> list[int]:
         """The ids of the text of `ids`, cut into pieces at random: by a unigram model among all

@@ -270,6 +270,18 @@ def test_what_makes_no_other_weights_may_change(
     assert stored["progress"]["step"] == 3
 
 
+def test_weights_from_before_the_target_had_a_normalisation_of_its_own_are_the_recipe_s(
+    tmp_path: Path,
+) -> None:
+    stored = content(1)
+    del stored["recipe"]["tokenizer"]["target_normalization"]  # then it was that of the source
+    checkpoint.write(tmp_path / "last.pt", stored)
+    checkpoint.load_own(tmp_path / "last.pt", RECIPE, DIGESTS)
+    other = changed("tokenizer", {"target_normalization": "nfkc"})
+    with pytest.raises(RunError, match="target_normalization: None -> 'nfkc'"):
+        checkpoint.load_own(tmp_path / "last.pt", other, DIGESTS)
+
+
 def changed(section: str, change: dict[str, Any]) -> Recipe:
     """The recipe with one section changed."""
     options = dataclasses.replace(getattr(RECIPE, section), **change)

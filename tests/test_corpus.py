@@ -1,5 +1,13 @@
 """Reading and cleaning parallel text: every bad file is named, every pair is accounted for."""
 
+import base64
+import bz2
+import gzip
+import lzma
+import random
+import shutil
+import subprocess
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +22,7 @@ from training.corpus import (
     Seen,
     choose_held_out,
     clean,
+    junk,
     key,
     lines,
     misfit,
@@ -22,6 +31,7 @@ from training.corpus import (
 from training.recipe import CleaningOptions, FilesOptions
 
 BOTH = FilesOptions(source="a", target="b")
+ANY = CleaningOptions()
 TSV = FilesOptions(tsv="t", source_column=3, target_column=1)
 
 
@@ -56,7 +66,6 @@ def test_only_newlines_end_lines(tmp_path: Path, content: bytes, expected: list[
     [
         (b"one\ntw\xff\n", "line 2: byte 0xff at offset 6 "),
         (b"\xef\xbb\xbf\x80", "line 1: byte 0x80 at offset 3 "),
-        ("one\n".encode("utf-16"), "line 1: byte 0xff at offset 0 "),
         (b"\n\n\xed\xa0\x80\n", "line 3: byte 0xed at offset 2 "),  # a surrogate
     ],
 )
@@ -74,6 +83,81 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         list(lines(tmp_path))
     with pytest.raises(CorpusError, match=r"a: is empty; allowed: one sentence a line$"):
         list(lines(written(tmp_path, a=b"") / "a"))
+
+
+ENGLISH = "the cat sat on the mat\na dog sees 12 birds\n" * 40
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "named"),
+    [
+        ("utf-16", ENGLISH, "UTF-16"),
+        ("utf-16-le", ENGLISH, "UTF-16LE"),
+        ("utf-16-be", ENGLISH, "UTF-16BE"),
+        ("utf-16-le", "今日はいい天気ですね。\n" * 40, "UTF-16LE"),
+        ("utf-32", ENGLISH, "UTF-32"),
+        ("utf-32-be", ENGLISH, "UTF-32BE"),
+        ("latin-1", "un café à l'été\nnaïve façade\n" * 40, "CP1252"),
+        ("latin-1", ENGLISH * 500 + "café\n" + ENGLISH * 500, "CP1252"),
+        ("gb18030", "我看见四十五个人，是吗？\n今天天气很好\n" * 40, "GB18030"),
+        ("shift_jis", "今日はいい天気ですね。\n明日も晴れるでしょう\n" * 40, "CP932"),
+        ("koi8-r", "Сегодня хорошая погода\nзавтра тоже\n" * 40, "KOI8-R"),
+    ],
+)
+def test_other_encodings_are_named_with_the_way_to_convert_them(
+    tmp_path: Path, encoding: str, text: str, named: str
+) -> None:
+    path = written(tmp_path, a=text.encode(encoding)) / "a"
+    with pytest.raises(CorpusError) as error:
+        list(lines(path))
+    command = f"iconv -f {named} -t UTF-8 {path} > {path}.utf8"
+    assert str(error.value).endswith(command)
+    if shutil.which("iconv"):
+        subprocess.run(command, shell=True, check=True)
+        assert "\n".join(lines(tmp_path / "a.utf8")) + "\n" == text
+
+
+def test_one_line_in_another_encoding_is_not_the_file_s(tmp_path: Path) -> None:
+    content = "un café\n".encode() * 40 + "un café\n".encode("latin-1")
+    with pytest.raises(CorpusError, match=r"line 41: byte 0xe9 .*: mend that line, or leave"):
+        list(lines(written(tmp_path, a=content) / "a"))
+
+
+def test_lines_that_end_with_cr_alone_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"a: its lines end with CR alone; .* tr '.r' '.n' < "):
+        list(lines(written(tmp_path, a=b"one\rtwo\rthree\r") / "a"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.gz", gzip.compress(b"one\ntwo\n"), "is gzip; .* gzip -dk "),
+        ("a.xz", lzma.compress(b"one\n"), "is xz; .* xz -dk "),
+        ("a.bz2", bz2.compress(b"one\n"), "is bzip2; .* bzip2 -dk "),
+        ("a.zip", b"PK\x03\x04\x14\0\0\0", "is zip, or an office document; "),
+        ("a.parquet", b"PAR1\x15\x04\0", "is Parquet; .*training.md"),
+        ("a.tmx", b'<?xml version="1.0"?>\n<tmx version="1.4">\n', "is TMX; .*training.md"),
+        ("a.tmx", '<?xml version="1.0"?>\n<tmx>\n'.encode("utf-16"), "is TMX; .*training.md"),
+        ("a.jsonl", b'{"source": "one", "target": "eins"}\n', "is JSON; .*training.md"),
+        ("a.json", b"[\n  {", "is JSON; .*training.md"),
+    ],
+)
+def test_other_formats_are_named(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=rf"{name}: {told}"):
+        list(lines(tmp_path / name))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "PAR1", "BZh", "PK\x03\x04", "<seg>", "%PDF"])
+def test_text_that_begins_like_another_format_is_text(tmp_path: Path, text: str) -> None:
+    assert list(lines(written(tmp_path, a=f"{text}\n".encode()) / "a")) == [text]
+
+
+def test_white_space_and_byte_order_marks_at_the_ends_are_no_part_of_a_sentence(
+    tmp_path: Path,
+) -> None:
+    folder = written(tmp_path, a="\ufeffone \n two\t\n\ufeffthree".encode(), b=b"1\n2\x0c\n3\r\n")
+    assert list(read(BOTH, folder)) == [("one", "1"), ("two", "2"), ("three", "3")]
 
 
 def test_pairs_of_two_files(tmp_path: Path) -> None:
@@ -143,6 +227,39 @@ def test_empty_sides_and_duplicates_are_dropped() -> None:
     assert len(kept) == 3
 
 
+def test_pairs_with_a_nul_are_dropped_and_counted() -> None:
+    kept, report = cleaned([("a", "b"), ("a\0", "c"), ("d", "\0e"), ("\0", "f")])
+    assert kept == [("train", "a", "b")]
+    assert (report.dropped["NUL character"], report.dropped["empty"]) == (2, 1)
+
+
+PICTURE = base64.b64encode(random.Random(3).randbytes(1200)).decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        (PICTURE, True),  # half of its characters need a token, as digits and what is between
+        ("word " * 101, True),
+        ("word " * 100, False),
+        ("1" * 101, True),
+        ("字" * 1600, False),
+        ("字" * 1601, True),
+        (unicodedata.normalize("NFD", "각" * 1600), False),
+        (unicodedata.normalize("NFD", "각" * 1601), True),
+        ("\u200b" * 2000 + "a", False),
+    ],
+)
+def test_what_is_too_long_for_any_tokenizer_is_dropped_before_there_is_one(
+    text: str, dropped: bool
+) -> None:
+    for pair in ((text, "b"), ("b", text)):
+        kept, report = cleaned([pair])
+        assert report.dropped["too long"] == int(dropped)
+        assert len(kept) == int(not dropped)
+        assert (junk(Pair(*pair), ANY) is not None) == dropped
+
+
 def test_sources_translated_otherwise_are_kept_and_counted() -> None:
     pairs = [("a", "x"), ("b", "x"), ("a", "y"), ("a", "x"), ("a", "z"), ("c", "y"), ("a", "y")]
     # Those that give y and z for a.
@@ -176,11 +293,11 @@ def test_held_out_sentences_are_disjoint(
             rf"data\.held_out: got {count} .* {count * len(sets) + 1} .* it has {len(distinct)};"
         )
         with pytest.raises(CorpusError, match=needed):
-            choose_held_out((Pair(*p) for p in pairs), sets, count)
+            choose_held_out((Pair(*p) for p in pairs), sets, count, ANY)
         return
-    held_out = choose_held_out((Pair(*p) for p in pairs), sets, count)
-    assert held_out == choose_held_out((Pair(*p) for p in reversed(pairs)), sets, count)
-    first = choose_held_out((Pair(*p) for p in pairs), sets[:1], count)
+    held_out = choose_held_out((Pair(*p) for p in pairs), sets, count, ANY)
+    assert held_out == choose_held_out((Pair(*p) for p in reversed(pairs)), sets, count, ANY)
+    first = choose_held_out((Pair(*p) for p in pairs), sets[:1], count, ANY)
     assert first == {k: name for k, name in held_out.items() if name == sets[0]}
     kept, report = cleaned(pairs, held_out)
     sources = {name: [key(s) for n, s, _ in kept if n == name] for name in [*sets, "train"]}

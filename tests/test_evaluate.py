@@ -1,6 +1,8 @@
 """The verb evaluate: the weights that it scores, and how it decodes and scores."""
 
 import json
+import unicodedata
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +13,17 @@ from tiny_run import KINDS, StraightRuns, Tiny, figures, verb
 import training.evaluate
 import training.scoring
 from handler.request import RequestOptions
+from handler.sentences import Segment, join
+from handler.tokenizer import Tokenizer
 from model import Network
 from training import checkpoint
 from training.evaluate import evaluate
 from training.export import export, exported
-from training.recipe import ScoringOptions, load
+from training.normalization import AS_IT_STANDS, Normalization
+from training.recipe import ScoringOptions, TokenizerOptions, load
 from training.run import RunError
-from training.scoring import decoded_scores
+from training.scoring import decoded_scores, score_text
+from training.tokenizer import learn
 from training.train import tokenizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +61,27 @@ def test_each_option_gives_another_score() -> None:
     ]  # fmt: skip
     assert len({decoded_scores(HYPOTHESES, REFERENCES, one).chrf for one in options}) == 2
     assert len({decoded_scores(HYPOTHESES, REFERENCES, one).bleu for one in options}) == 3
+
+
+@pytest.mark.parametrize("rule", [Normalization(), AS_IT_STANDS], ids=["nmt_nfkc", "as it stands"])
+def test_references_are_scored_as_they_can_be_written(
+    monkeypatch: pytest.MonkeyPatch, rule: Normalization
+) -> None:
+    apart = unicodedata.normalize("NFD", "řezba a žlutý kůň")
+    references = [apart, "（茶）2 m²", "น้ำดำ", "a\u2028b"]
+    model = learn(TokenizerOptions(algorithm="bpe"), 305, references, "target_vocabulary", rule)
+    tokenizer = Tokenizer(model)
+    perfect = [tokenizer.encode(one) for one in references]
+
+    def translated(*_: object) -> Iterator[list[dict[str, str]]]:
+        for ids in perfect:
+            yield [{"text": join([Segment("x", "")], [tokenizer.decode(ids)])}]
+
+    monkeypatch.setattr(training.scoring, "translations", translated)
+    nothing = torch.device("cpu"), ScoringOptions(tokenize="char")
+    scores, _ = score_text(None, tokenizer, tokenizer, references, references, *nothing)
+    assert scores.exact_match == 1.0
+    assert scores.bleu == pytest.approx(100)
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])

@@ -1,11 +1,13 @@
 """The verb prepare on small text of its own: what it leaves, what it refuses, that it repeats."""
 
+import base64
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import random
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,133 @@ def test_any_script_comes_back_from_its_tokens(tmp_path: Path, script: str) -> N
     assert len(pairs.source_tokens) < sum(map(len, again))  # pieces, not characters or bytes
 
 
+TARGETS = {  # what nmt_nfkc makes of texts that readers get
+    "（茶）、奶，是吗？": "(茶)、奶,是吗?",
+    "می‌بینم کتاب‌ها": "می بینم کتاب ها",
+    "12 m² ½杯 ™": "12 m2 1⁄2杯 TM",
+    "茶 ㅋㅋ ㅠㅠ": "茶 ᄏᄏ ᅲᅲ",
+    "茶 👨‍👩‍👧 ❤️‍🔥": "茶 👨‍👩‍👧 ❤️‍🔥",
+    "น้ำดำ": "น้ําดํา",
+    unicodedata.normalize("NFD", "řezba žlutý"): "řezba žlutý",
+    "a  b\tc": "a b c",
+}
+
+
+def of_targets(folder: Path, **tokenizer: object) -> Recipe:
+    """A recipe whose 10 references and 90 other targets are `TARGETS` with a number."""
+    texts = list(TARGETS)
+    rows = "".join(f"line {i} of all\t{texts[i % len(texts)]} {i}\n" for i in range(100))
+    (folder / "all.tsv").write_text(rows, encoding="utf-8")
+    recipe = recipe_for(folder, given=False, train=FilesOptions(tsv="all.tsv"), held_out=10)
+    options = TokenizerOptions(
+        algorithm="bpe", source_vocabulary=280, target_vocabulary=340, **tokenizer
+    )  # type: ignore[arg-type]
+    return dataclasses.replace(
+        recipe, tokenizer=options, cleaning=CleaningOptions(max_length_ratio=100)
+    )
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_targets_are_written_as_they_stand(tmp_path: Path, joint: bool) -> None:
+    recipe = of_targets(tmp_path)
+    if joint:
+        both = dataclasses.replace(recipe.tokenizer, joint=True, source_vocabulary=340)
+        recipe = dataclasses.replace(recipe, tokenizer=both)
+    report = prepare(recipe, tmp_path / "run")
+    assert report.warnings == []
+    target = Tokenizer(tmp_path / "run" / "tokenizer" / "target.model")
+    references = list(lines(tmp_path / "run" / "data" / "test.target"))
+    assert [target.decode(target.encode(one)) for one in references] == references
+    counted = summary_of(tmp_path / "run")["targets"]
+    assert {name: (one["targets"], one["changed"]) for name, one in counted.items()} == {
+        "train": (80, 0), "validation": (10, 0), "test": (10, 0),
+    }  # fmt: skip
+
+
+def test_what_normalisation_changes_in_targets_is_counted_and_shown(tmp_path: Path) -> None:
+    recipe = of_targets(tmp_path, target_normalization="nmt_nfkc")
+    report = prepare(recipe, tmp_path / "run")
+    counted = summary_of(tmp_path / "run")["targets"]
+    target = Tokenizer(tmp_path / "run" / "tokenizer" / "target.model")
+    for name in ("validation", "test"):
+        references = list(lines(tmp_path / "run" / "data" / f"{name}.target"))
+        can = sum(target.decode(target.encode(one)) == one for one in references)
+        assert (counted[name]["targets"], counted[name]["changed"]) == (10, 10 - can)
+    train = {key: one for key, one in counted["train"].items() if key in ("targets", "changed")}
+    assert train == {"targets": 80, "changed": 69}
+    assert 0 < counted["train"]["composed"] < 20
+    assert counted["train"]["characters"]["\u200c"] > 5
+    told = {one.split(":")[0]: one for one in report.warnings}
+    assert set(told) == {"data.train", "data.validation", "data.test"}
+    first, *examples = told["data.train"].split("\n  ")
+    assert "69 of 80 targets cannot be written as they stand" in first
+    assert "tokenizer.target_normalization: nmt_nfkc" in first
+    assert "U+200C ZERO WIDTH NON-JOINER (" in first
+    assert len(examples) == 6
+    before, after = counted["train"]["examples"][0]
+    assert after == TARGETS[before.rpartition(" ")[0]] + before[before.rindex(" ") :]
+    assert "of 10 references cannot be written" in told["data.test"]
+
+
+def test_characters_that_are_no_pieces_cannot_be_written_without_bytes(tmp_path: Path) -> None:
+    recipe = of_targets(tmp_path)
+    rows = (tmp_path / "all.tsv").read_text(encoding="utf-8")
+    (tmp_path / "all.tsv").write_text(rows + "one\tseldom ☃\n", encoding="utf-8")
+    options = dataclasses.replace(
+        recipe.tokenizer, byte_fallback=False, character_coverage=0.98, source_vocabulary=20,
+        target_vocabulary=60,
+    )  # fmt: skip
+    prepare(dataclasses.replace(recipe, tokenizer=options), tmp_path / "run")
+    counted = summary_of(tmp_path / "run")["targets"]
+    assert sum(one["characters"].get("☃", 0) for one in counted.values()) == 1
+
+
+def picture(length: int) -> str:
+    return base64.b64encode(random.Random(3).randbytes(length)).decode()[:length]
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_line_that_is_dropped_for_its_length_changes_no_tokenizer(
+    folder: Path, tmp_path: Path, algorithm: str, side: str
+) -> None:
+    options = TokenizerOptions(algorithm=algorithm, source_vocabulary=288, target_vocabulary=288)  # type: ignore[arg-type]
+    recipe = dataclasses.replace(recipe_for(folder), tokenizer=options)
+    prepare(recipe, tmp_path / "without")
+    texts = {f"train_{one}": "picture\n" for one in "ab"}
+    texts[f"train_{side}"] = f"{picture(150_000)}\n"
+    append(folder, **texts)
+    report = prepare(recipe, tmp_path / "with")
+    assert (report.read, report.kept, report.dropped["too long"]) == (201, 200, 1)
+    changed = {
+        name for name, content in contents(tmp_path / "with").items()
+        if contents(tmp_path / "without")[name] != content
+    }  # fmt: skip
+    assert changed == {"data/report.json"}
+
+
+def test_a_line_that_breaks_the_tokenizers_training_is_named(folder: Path, tmp_path: Path) -> None:
+    text = "the cat sat on the mat\nthe dog sat on the cat\n" * 300
+    for side, line in (("a", picture(150_000)), ("b", "picture")):
+        (folder / f"train.{side}").write_text(f"{text}{line}\n", encoding="utf-8")
+    cleaning = CleaningOptions(max_tokens=10**6, drop_duplicates=False)
+    recipe = dataclasses.replace(
+        recipe_for(folder), cleaning=cleaning, tokenizer=TokenizerOptions(source_vocabulary=340)
+    )
+    told = r"isfinite.*; its longest line is .*train\.a: line 601, of 150,000 characters: leave"
+    with pytest.raises(CorpusError, match=told):
+        prepare(recipe, tmp_path / "run")
+
+
+def test_held_out_sentences_are_ones_that_can_be_decoded(folder: Path, tmp_path: Path) -> None:
+    """A line that no model reads is not chosen, whatever its digest."""
+    append(folder, train_a="".join(f"{i} {picture(2000)}\n" for i in range(50)),
+           train_b="".join(f"picture {i}\n" for i in range(50)))
+    report = prepare(recipe_for(folder, given=False, held_out=20), tmp_path / "run")
+    assert report.dropped["too long"] == 50
+    assert max(map(len, lines(tmp_path / "run" / "data" / "test.source"))) < 100
+
+
 def test_a_vocabulary_too_large_is_told_with_the_largest(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_for(folder)
     for joint, key, sizes in (
@@ -294,6 +423,7 @@ def test_only_training_text_is_cleaned(folder: Path, tmp_path: Path) -> None:
         ("validation.a", b"x\n" * 9 + b" \n", "validation.a: line 10: the source is empty"),
         ("test.tsv", b"a\tb\na\n", "test.tsv: line 2: got 1 columns"),
         ("test.tsv", b"a\tb\na\t\n", "test.tsv: line 2: the target is empty"),
+        ("test.tsv", b"a\tb\na\tb\0b\n", "test.tsv: line 2: has a NUL character"),
         ("train.a", b" \n" * 200, "no pair is left to train on\npairs read +200\ndropped: empty"),
         ("train.a", b"x\n" * 200, r"tokenizer\.source_vocabulary: got 288; .* at most \d+"),
     ],

@@ -1,7 +1,9 @@
 """Tokenizers: any text survives, nothing hostile hurts, learning is deterministic and explains
 what it refuses."""
 
+import base64
 import itertools
+import random
 import re
 import sys
 import unicodedata
@@ -13,24 +15,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import training.tokenizer
-from handler.tokenizer import Tokenizer
-from training.corpus import CorpusError, blank
+from handler.tokenizer import SIGN, SPACE, Tokenizer, blank
+from training.corpus import CorpusError, too_long
+from training.normalization import AS_IT_STANDS, Normalization
 from training.recipe import TokenizerOptions
-from training.tokenizer import encoder, learn, spread, train_tokenizers
+from training.tokenizer import Unlearnable, encoder, learn, spread, train_tokenizers
 
 TEXT = ["the cat sat on the mat", "the dog sat on the cat", "abc 123 가나다", "été, naïve"] * 3
 SIZE = 286
+RULES = {
+    "nmt_nfkc": Normalization(), "nfkc": Normalization("nfkc"),
+    "identity": Normalization("identity"), "as it stands": AS_IT_STANDS,
+}  # fmt: skip
 MODELS = {
-    name: learn(TokenizerOptions(normalization=name), SIZE, TEXT, "source_vocabulary")
-    for name in ("nmt_nfkc", "nfkc", "identity")
+    name: learn(TokenizerOptions(), SIZE, TEXT, "source_vocabulary", rule)
+    for name, rule in RULES.items()
 }
 TOKENIZERS = {name: Tokenizer(model) for name, model in MODELS.items()}
 USUAL = TOKENIZERS["nmt_nfkc"]
+LONG = {  # with pieces as long as there can be, wherever there can be
+    name: Tokenizer(learn(
+        TokenizerOptions(algorithm="bpe"), 300, ["a" * 64, "ba" * 32, "２" * 32, "ｶﾞ" * 16,
+        "e\u0301" * 16, "\u1100\u1161" * 16, "a\u200bb" * 16], "source_vocabulary", rule
+    ))
+    for name, rule in RULES.items()
+}  # fmt: skip
+
+
+def kept(text: str) -> str:
+    """What is kept of a text; U+2581 is SentencePiece's own sign for a space."""
+    return "" if blank(text) else text.strip(SPACE).replace(SIGN, " ")
 
 
 def folded(text: str) -> str:
-    """What SentencePiece keeps of spaces; U+2581 is its own sign for one."""
-    return re.sub(" +", " ", text.replace("\u2581", " ")).strip(" ")
+    return re.sub(" +", " ", kept(text)).strip(" ")
 
 
 def test_special_ids_are_fixed_and_never_come_from_text() -> None:
@@ -52,11 +70,10 @@ def test_pieces_join_to_the_text() -> None:
     "text",
     [
         "a\0b",
-        "\0",
         "a 😀 b",
         "👩‍👩‍👧‍👦",
         "\U0010ffff",
-        "\x80\x9c",
+        "x\x80\x9cx",
         "x" * 10_000,
         "the cat " * 1249 + "the cat",
         "😀" * 10_000,
@@ -66,10 +83,15 @@ def test_unusual_text_survives(text: str) -> None:
     assert USUAL.decode(USUAL.encode(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", " ", "\t\n\r", "\x01\x1f\x7f", "\u200b\ufeff", "\u2028", "▁"])
-def test_text_of_nothing_visible_has_no_tokens(text: str) -> None:
-    assert USUAL.encode(text) == []
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "\t\n\r", "\x01\x1f\x7f", "\0", "\x80\x9c", "\x1a", "\x0c", "\x85", "\u200b\ufeff",
+     "\u200e\u200f", "\u2028", "▁", "\u00ad", "\u180e", "\u3164", "\u2800", "\ufe0f\u034f"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", RULES)
+def test_text_of_nothing_visible_has_no_tokens(name: str, text: str) -> None:
     assert blank(text)
+    assert TOKENIZERS[name].encode(text) == []
 
 
 def test_text_with_something_visible_always_has_tokens() -> None:
@@ -89,6 +111,21 @@ def test_lone_surrogates_are_refused_with_their_place(text: str, place: int) -> 
 def test_byte_fallback_keeps_every_character(text: str) -> None:
     tokenizer = TOKENIZERS["identity"]
     assert tokenizer.decode(tokenizer.encode(text)) == folded(text)
+
+
+@given(st.text() | st.text("a \t\ufeff\u3000▁（½\u200c\u0e33e\u0301"))
+def test_a_target_is_written_as_it_stands(text: str) -> None:
+    tokenizer = TOKENIZERS["as it stands"]
+    assert tokenizer.decode(tokenizer.encode(text)) == kept(text)
+    if not blank(text):
+        assert tokenizer.normalised(text) == kept(text)
+
+
+@given(st.text())
+def test_what_is_decoded_is_the_normalised_text(text: str) -> None:
+    for tokenizer in TOKENIZERS.values():
+        if ids := tokenizer.encode(text):
+            assert tokenizer.decode(ids) == tokenizer.normalised(text)
 
 
 @given(st.text())
@@ -181,6 +218,7 @@ def test_learning_twice_gives_the_same_bytes_quietly(
         joint=joint,
         source_vocabulary=SIZE,
         target_vocabulary=SIZE,  # type: ignore[arg-type]
+        target_normalization="nmt_nfkc",
     )
     for folder in ("a", "b"):
         reverse = (line[::-1] for line in TEXT)
@@ -192,6 +230,46 @@ def test_learning_twice_gives_the_same_bytes_quietly(
     assert (a[0] == a[1]) == joint
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["source.model", "target.model"]
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+def test_a_joint_vocabulary_has_the_normalisation_of_each_side(
+    tmp_path: Path, algorithm: str
+) -> None:
+    text = [*TEXT, "（茶）  m² น้ำ"]
+    size = 297
+    options = TokenizerOptions(
+        algorithm=algorithm, joint=True, source_vocabulary=size, target_vocabulary=size  # type: ignore[arg-type]
+    )
+    train_tokenizers(options, iter(text), iter(text), len(text), tmp_path)
+    source, target = (Tokenizer(tmp_path / f"{side}.model") for side in ("source", "target"))
+    assert source.pieces(range(size)) == target.pieces(range(size))
+    assert source.normalised(text[-1]) == "(茶) m2 น้ํา"
+    assert source.decode(source.encode(text[-1])) == source.normalised(text[-1])
+    assert target.decode(target.encode(text[-1])) == text[-1]
+    assert min(target.encode(text[-1])) > 3 + 256  # its characters are pieces, not bytes
+
+
+@pytest.mark.parametrize("algorithm", ["unigram", "bpe"])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_text_that_is_normalised_before_gives_the_same_pieces(
+    algorithm: str, rule: Normalization
+) -> None:
+    text = [*TEXT, "（tea）  m² น้ำ", "a\u200bb c"]
+    options = TokenizerOptions(algorithm=algorithm)  # type: ignore[arg-type]
+    direct = learn(options, 292, text, "source_vocabulary", rule)
+    before = learn(options, 292, map(rule, text), "source_vocabulary", AS_IT_STANDS)
+    one, other = Tokenizer(direct), Tokenizer(rule.put_into(before))
+    assert one.pieces(range(292)) == other.pieces(range(292))
+    for line in text:
+        assert one.encode(line) == other.encode(line)
+
+
+@given(st.text("ab1２ \u200bｶﾞ가e\u0301\u1100\u1161", max_size=60), st.integers(1, 8))
+def test_what_is_dropped_as_too_long_has_more_tokens(text: str, most: int) -> None:
+    for tokenizer in LONG.values():
+        if too_long(text, most):
+            assert len(tokenizer.encode(text)) > most
 
 
 def test_digits_are_single_pieces_and_long_lines_are_read() -> None:
@@ -224,15 +302,19 @@ def test_each_vocabulary_is_learnt_from_so_many_sentences(
 ) -> None:
     given: list[str] = []
 
-    def recorded(options: TokenizerOptions, size: int, lines: Iterable[str], option: str) -> bytes:
+    def recorded(
+        options: TokenizerOptions, size: int, lines: Iterable[str], option: str, rule: object
+    ) -> bytes:
         given.append("".join(lines))
-        return b"a model"
+        return MODELS["nmt_nfkc"]
 
     monkeypatch.setattr(training.tokenizer, "learn", recorded)
-    options = TokenizerOptions(joint=joint, training_sentences=most)
+    options = TokenizerOptions(
+        joint=joint, training_sentences=most, target_normalization="nmt_nfkc"
+    )
     train_tokenizers(options, "abcd", "wxyz", 4, tmp_path)
     assert given == learnt
-    assert (tmp_path / "target.model").read_bytes() == b"a model"
+    assert (tmp_path / "target.model").read_bytes() == MODELS["nmt_nfkc"]
 
 
 def test_many_lines_are_encoded_as_each_is(tmp_path: Path) -> None:
@@ -280,6 +362,13 @@ def test_what_stops_the_reading_of_lines_is_told_as_it_is(error: BaseException) 
 def test_no_text_is_an_error(text: list[str]) -> None:
     with pytest.raises(CorpusError, match="no line to learn from"):
         learn(TokenizerOptions(), SIZE, text, "source_vocabulary")
+
+
+def test_a_failure_that_no_size_explains_is_one_of_its_own() -> None:
+    draw = random.Random(3)
+    picture = base64.b64encode(draw.randbytes(112_500)).decode()  # one word of 150,000 characters
+    with pytest.raises(Unlearnable, match=r"cannot learn from the training text: .*isfinite"):
+        learn(TokenizerOptions(), 340, [*TEXT[:2] * 300, picture], "source_vocabulary")
 
 
 def test_the_handler_needs_nothing_but_sentencepiece() -> None:

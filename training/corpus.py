@@ -1,12 +1,14 @@
 """Parallel text: reading it strictly, dropping what would hurt training, holding sentences out.
 
 Text is UTF-8. Only "\\n" and "\\r\\n" end a line: whatever else Unicode calls a line break
-(U+0085, U+2028, form feed) is part of its sentence, or the two sides would lose step.
+(U+0085, U+2028, form feed) is part of its sentence, or the two sides would lose step. White space
+at the ends of a line is no part of its sentence.
 """
 
 import hashlib
 import heapq
 import itertools
+import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,14 +16,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from handler.tokenizer import SPACE, blank
+from training import formats
 from training.recipe import CleaningOptions, FilesOptions
 
 EMPTY = "empty"
+NUL = "NUL character"
 HELD_OUT = "source held out"
 DUPLICATE = "duplicate"
 TOO_LONG = "too long"
 LENGTH_RATIO = "length ratio"
-REASONS = (EMPTY, HELD_OUT, DUPLICATE, TOO_LONG, LENGTH_RATIO)
+REASONS = (EMPTY, NUL, HELD_OUT, DUPLICATE, TOO_LONG, LENGTH_RATIO)
+
+# A piece is of at most 16 characters, goes over no space, and a digit is a piece of its own.
+PIECE = re.compile("[0-9]|[^ 0-9]{1,16}")
 
 
 class CorpusError(ValueError):
@@ -64,19 +72,38 @@ def lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, without a byte order mark at its start and without line ends.
 
     Raises:
-        CorpusError: a file that is missing, unreadable, empty or not UTF-8.
+        CorpusError: a file that is missing, unreadable, empty, not UTF-8 or no plain text. What it
+            is instead is named as far as it can be told, with the way to convert it.
     """
     start = 0  # of the line, in the file
+    checked = False  # whether NULs come from an encoding
     try:
         with open(path, "rb") as file:
+            head = file.peek(formats.SAMPLE)[: formats.SAMPLE]
+            if problem := formats.foreign(path, head):
+                raise CorpusError(f"{path}: {problem}")
             for number, line in enumerate(file, 1):
+                if b"\0" in line and not checked:
+                    checked = True
+                    if name := formats.wide(head, line):
+                        raise CorpusError(
+                            f"{path}: is {name}; allowed: UTF-8; to convert it: "
+                            f"{formats.conversion(path, name)}"
+                        )
                 try:
                     text = line.rstrip(b"\r\n").decode()
                 except UnicodeDecodeError as error:
+                    offset = start + error.start
                     raise CorpusError(
                         f"{path}: line {number}: byte 0x{line[error.start]:02x} at offset "
-                        f"{start + error.start} of the file is not UTF-8; allowed: UTF-8 text"
+                        f"{offset} of the file is not UTF-8; allowed: UTF-8 text; "
+                        f"{formats.not_utf8(path, offset)}"
                     ) from None
+                if number == 1 and line.count(b"\r") > 1 and not line.endswith(b"\n"):
+                    raise CorpusError(
+                        f"{path}: its lines end with CR alone; allowed: LF or CR LF; to convert "
+                        f"it: tr '\\r' '\\n' < {path} > {path}.lf"
+                    )
                 start += len(line)
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except FileNotFoundError:
@@ -88,7 +115,8 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def read(files: FilesOptions, folder: Path) -> Iterator[Pair]:
-    """The pairs of two files of equal line counts, or of one TSV, in their order.
+    """The pairs of two files of equal line counts, or of one TSV, in their order, without white
+    space at the ends of a sentence.
 
     A wholly empty line of a TSV is a pair of empty sentences.
 
@@ -105,12 +133,13 @@ def read(files: FilesOptions, folder: Path) -> Iterator[Pair]:
                     f"by tabs; allowed: {wanted} or more, as source_column is "
                     f"{files.source_column} and target_column {files.target_column}"
                 )
-            yield Pair(columns[files.source_column - 1], columns[files.target_column - 1])
+            sides = columns[files.source_column - 1], columns[files.target_column - 1]
+            yield Pair(*(text.strip(SPACE) for text in sides))
         return
-    sides = [lines(path_of(files, folder, side)) for side in Pair._fields]
-    for number, (source, target) in enumerate(itertools.zip_longest(*sides), 1):
+    both = [lines(path_of(files, folder, side)) for side in Pair._fields]
+    for number, (source, target) in enumerate(itertools.zip_longest(*both), 1):
         if source is None or target is None:
-            last = number + sum(1 for side in sides for _ in side)
+            last = number + sum(1 for side in both for _ in side)
             counts = (number - 1, last) if source is None else (last, number - 1)
             raise CorpusError(
                 " and ".join(
@@ -119,7 +148,7 @@ def read(files: FilesOptions, folder: Path) -> Iterator[Pair]:
                 )
                 + " differ in length; allowed: line n of one translates line n of the other"
             )
-        yield Pair(source, target)
+        yield Pair(source.strip(SPACE), target.strip(SPACE))
 
 
 def sentences(folder: Path, name: str) -> tuple[list[str], list[str]]:
@@ -135,15 +164,6 @@ def sentences(folder: Path, name: str) -> tuple[list[str], list[str]]:
 def path_of(files: FilesOptions, folder: Path, side: str) -> Path:
     """The file that holds `side`, "source" or "target"."""
     return folder / str(files.tsv or (files.source if side == "source" else files.target))
-
-
-def blank(text: str) -> bool:
-    """Whether nothing in `text` can be seen. No normalisation turns other text into nothing."""
-    # SentencePiece takes U+2581 for a space, and nmt_nfkc removes U+FFFD.
-    return all(
-        c in "\u2581\ufffd" or unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf")
-        for c in text
-    )
 
 
 def digest(*texts: str) -> int:
@@ -192,8 +212,10 @@ class Seen:
         return place
 
 
-def choose_held_out(pairs: Iterable[Pair], sets: Sequence[str], count: int) -> dict[int, str]:
-    """Picks `count` distinct source sentences for each of `sets`.
+def choose_held_out(
+    pairs: Iterable[Pair], sets: Sequence[str], count: int, options: CleaningOptions
+) -> dict[int, str]:
+    """Picks `count` distinct source sentences for each of `sets`, of pairs that are no `junk`.
 
     The choice depends on the sentences alone, not on their order or on a seed, and what the
     first set gets does not depend on whether there is a second.
@@ -208,7 +230,7 @@ def choose_held_out(pairs: Iterable[Pair], sets: Sequence[str], count: int) -> d
     chosen: set[int] = set()
     heap: list[int] = []  # the smallest keys so far, negated: the largest of them comes first
     for pair in pairs:
-        if blank(pair.source) or blank(pair.target):
+        if junk(pair, options):
             continue
         k = key(pair.source)
         if k in chosen:
@@ -243,8 +265,9 @@ def clean(
     otherwise = 0
     for pair in pairs:
         report.read += 1
-        if blank(pair.source) or blank(pair.target):
-            report.dropped[EMPTY] += 1
+        reason = junk(pair, options)
+        if reason is not None:
+            report.dropped[reason] += 1
             continue
         k = key(pair.source)
         name = held_out.get(k)
@@ -268,6 +291,28 @@ def clean(
             f"data.train: {otherwise} pairs translate a source that came before otherwise; they "
             "are kept"
         )
+
+
+def junk(pair: Pair, options: CleaningOptions) -> str | None:
+    """Why a pair is dropped before there are tokens, or None."""
+    if blank(pair.source) or blank(pair.target):
+        return EMPTY
+    if "\0" in pair.source or "\0" in pair.target:
+        return NUL
+    return TOO_LONG if any(too_long(text, options.max_tokens) for text in pair) else None
+
+
+def too_long(text: str, most: int) -> bool:
+    """Whether any tokenizer must cut `text` into more than `most` tokens."""
+    if len(text) <= most or fewest_tokens(text) <= most:  # nearly always, and found out quickly
+        return False
+    # Normalisation may make it shorter.
+    seen = (c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c)[0] != "C")
+    return fewest_tokens("".join(seen)) > most
+
+
+def fewest_tokens(text: str) -> int:
+    return len(PIECE.findall(text))
 
 
 def misfit(source: int, target: int, options: CleaningOptions) -> str | None:

@@ -1,6 +1,7 @@
 """Verb `evaluate`: the best weights of a run against its validation and test text."""
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from training.corpus import sentences
 from training.lines import LineError
 from training.loading import Loader
 from training.memory import ELSEWHERE, enough_memory
+from training.normalization import written
 from training.recipe import Recipe
 from training.run import Run, RunError, write_json, write_text
 from training.scoring import Scores, score_text
@@ -97,6 +99,12 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
     scores = {}
     for name in ("validation", "test"):
         text, references = sentences(run.data, name)
+        if changed := sum(written(target, one) != one for one in references):
+            print(
+                f"evaluate: {changed} of {len(references)} references of {name} are scored as the "
+                "target's tokenizer normalises them, as translations are; prepare tells of it",
+                file=sys.stderr,
+            )
         try:
             with enough_memory(f"decoding {name}", f"Lower scoring.beam_size, or {ELSEWHERE}"):
                 scores[name], decoded = score_text(

@@ -20,14 +20,15 @@ from typing import IO, Any, TypeVar
 from tqdm import tqdm
 
 from handler.integrity import sha256
+from handler.tokenizer import Tokenizer, blank
 from model import SpecialTokens
 from training.corpus import (
     CorpusError,
     Pair,
     Report,
-    blank,
     choose_held_out,
     clean,
+    junk,
     key,
     lines,
     misfit,
@@ -35,9 +36,10 @@ from training.corpus import (
     read,
 )
 from training.dates import DatesOptions, write_corpus
+from training.normalization import Changes, changes, of_target
 from training.recipe import CleaningOptions, DataOptions, FilesOptions, Recipe
 from training.run import write_json
-from training.tokenizer import encoder, train_tokenizers
+from training.tokenizer import Unlearnable, encoder, train_tokenizers
 from training.tokens import CHUNK, IdPair, TokenPairs
 
 GIVEN = ("test", "validation")  # sets that are read as they are, or else held out
@@ -76,13 +78,19 @@ def prepare(recipe: Recipe, run: Path) -> Report:
     try:
         texts = find(recipe.data, work)
         report, leaks = split(recipe, texts, work)
-        train_tokenizers(
-            recipe.tokenizer,
-            shown(lines(work / "train.source"), "learning from the source"),
-            shown(lines(work / "train.target"), "learning from the target"),
-            report.read - sum(report.held_out.values()) - sum(report.dropped.values()),
-            run / "tokenizer",
-        )
+        try:
+            train_tokenizers(
+                recipe.tokenizer,
+                shown(lines(work / "train.source"), "learning from the source"),
+                shown(lines(work / "train.target"), "learning from the target"),
+                report.read - sum(report.held_out.values()) - sum(report.dropped.values()),
+                run / "tokenizer",
+            )
+        except Unlearnable as error:
+            raise CorpusError(f"{error}; {longest(texts['train'], recipe.cleaning)}") from None
+        changed = changes_of(recipe, work, run / "tokenizer" / "target.model")
+        rule = of_target(recipe.tokenizer).rule
+        report.warnings += [one.warning(name, rule) for name, one in changed.items() if one.changed]
         models, special = run / "tokenizer", SpecialTokens()
         fitting = fit(tokens(work, "train", models), recipe.cleaning, report)
         if TokenPairs.write(work / "train.tokens", fitting, special) == 0:
@@ -91,6 +99,7 @@ def prepare(recipe: Recipe, run: Path) -> Report:
         TokenPairs.write(work / "validation.tokens", held_out, special)
         report.warnings += leaks
         summary = summarise(recipe, texts, run, work, report)
+        summary["targets"] = {name: one.as_dict() for name, one in changed.items()}
         write_json(work / "report.json", summary)
         names = [f"{name}.{side}" for name in GIVEN for side in Pair._fields]
         for name in [*names, *TOKENS, "report.json"]:
@@ -131,7 +140,7 @@ def split(recipe: Recipe, texts: dict[str, Text], work: Path) -> tuple[Report, l
     held_out: dict[int, str] = {}
     if missing:
         pairs = texts["train"].pairs("choosing sentences to hold out")
-        held_out = choose_held_out(pairs, missing, recipe.data.held_out)
+        held_out = choose_held_out(pairs, missing, recipe.data.held_out, recipe.cleaning)
     watched = set().union(*given.values())
     leaked: set[int] = set()
     with ExitStack() as stack:
@@ -164,6 +173,11 @@ def copy(name: str, text: Text, work: Path) -> list[int]:
                         f"{path_of(text.files, text.folder, side)}: line {number}: the {side} is "
                         f"empty; allowed in {name}: text on both sides, as every pair is scored"
                     )
+                if "\0" in sentence:
+                    raise CorpusError(
+                        f"{path_of(text.files, text.folder, side)}: line {number}: has a NUL "
+                        f"character; allowed in {name}: none; tr -d '\\0' takes them out"
+                    )
             write(files, pair)
             keys.append(key(pair.source))
     return keys
@@ -180,6 +194,31 @@ def writers(stack: ExitStack, folder: Path, name: str) -> list[IO[str]]:
 def write(files: list[IO[str]], pair: Pair) -> None:
     for file, text in zip(files, pair):
         file.write(f"{text}\n")
+
+
+def longest(text: Text, options: CleaningOptions) -> str:
+    """Where the longest line of the training text is, of those that are learnt from."""
+    length, number, side = max(
+        (len(sentence), -number, side)
+        for number, pair in enumerate(text.pairs("looking for the longest line"), 1)
+        if junk(pair, options) is None
+        for side, sentence in zip(Pair._fields, pair)
+    )
+    return (
+        f"its longest line is {path_of(text.files, text.folder, side)}: line {-number}, of "
+        f"{length:,} characters: leave it out, or lower cleaning.max_tokens, which drops such lines"
+    )
+
+
+def changes_of(recipe: Recipe, work: Path, model: Path) -> dict[str, Changes]:
+    """What becomes of the targets of each set that `split` wrote."""
+    target, fallback = Tokenizer(model), recipe.tokenizer.byte_fallback
+    return {
+        name: changes(
+            target, shown(lines(work / f"{name}.target"), f"checking targets of {name}"), fallback
+        )
+        for name in ("train", *GIVEN)
+    }
 
 
 def tokens(folder: Path, name: str, models: Path) -> Iterator[IdPair]:

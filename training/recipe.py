@@ -92,7 +92,12 @@ class CleaningOptions:
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """SentencePiece (arXiv 1808.06226)."""
+    """SentencePiece (arXiv 1808.06226).
+
+    normalization: of the source, as clients type it in many forms.
+    target_normalization: of the target; null: identity, so that text is learnt and written as it
+        stands.
+    """
 
     algorithm: Literal["unigram", "bpe"] = "unigram"
     joint: bool = False
@@ -102,6 +107,7 @@ class TokenizerOptions:
     byte_fallback: bool = True
     character_coverage: float = field(default=1.0, metadata={"above": 0.9, "maximum": 1.0})
     normalization: Literal["nmt_nfkc", "nfkc", "identity"] = "nmt_nfkc"
+    target_normalization: Literal["nmt_nfkc", "nfkc", "identity"] | None = None
 
     def __post_init__(self) -> None:
         if self.joint and self.source_vocabulary != self.target_vocabulary:

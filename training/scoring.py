@@ -16,6 +16,7 @@ from model import Network
 from training.batches import Batch
 from training.lines import translations
 from training.loss import batch_loss
+from training.normalization import written
 from training.recipe import ScoringOptions
 
 
@@ -77,7 +78,7 @@ def score_text(
     show: bool = False,
 ) -> tuple[Scores, list[str]]:
     """Decode `lines`, each as one sentence, as they were in training, and score against
-    `references`; the scores and the text."""
+    `references`, as `target` can write them; the scores and the text."""
     how = RequestOptions(split=False)
     if beam_size > 1:
         how = RequestOptions(
@@ -87,4 +88,5 @@ def score_text(
     hidden = not (show and sys.stderr.isatty())
     shown = tqdm(decoded, total=len(lines), unit="sentence", disable=hidden, leave=False)
     hypotheses = [told[0]["text"] for told in shown]
+    references = [written(target, one) for one in references]
     return decoded_scores(hypotheses, references, options), hypotheses

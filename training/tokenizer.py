@@ -9,13 +9,18 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from handler.tokenizer import Tokenizer
+from handler.tokenizer import SPACE, Tokenizer, blank
 from training.corpus import CorpusError
+from training.normalization import AS_IT_STANDS, Normalization, of_source, of_target
 from training.recipe import TokenizerOptions
 from training.run import write_bytes
 
 ERRORS_ONLY = 2
 LONGEST_LINE = 1 << 30  # bytes; SentencePiece would silently skip lines above 4,192
+
+
+class Unlearnable(CorpusError):
+    """Text that SentencePiece fails on, for a reason that is none of the recipe's sizes."""
 
 
 def train_tokenizers(
@@ -28,8 +33,8 @@ def train_tokenizers(
     """Writes `source.model` and `target.model` into `folder`, made if missing.
 
     Equal text gives equal bytes. A joint vocabulary is learnt from both sides together and
-    written twice, so that whoever reads the folder need not know. Each file appears whole or not
-    at all.
+    written twice, with the normalisation of each side, so that whoever reads the folder need not
+    know. Each file appears whole or not at all.
 
     Args:
         count: of the lines of each side. Of more than `training_sentences`, for one vocabulary,
@@ -38,20 +43,37 @@ def train_tokenizers(
     Raises:
         CorpusError: a vocabulary that is too large or too small for the text; the message names
             the option and what is allowed.
+        Unlearnable: any other failure.
     """
     most = options.training_sentences
+    rules = of_source(options), of_target(options)
+    sizes = options.source_vocabulary, options.target_vocabulary
     if options.joint:
+        rule = rules[0]
+        if rules[1] != rule:
+            rule = AS_IT_STANDS
+            source_lines, target_lines = map(rules[0], source_lines), map(rules[1], target_lines)
         both = spread(itertools.chain(source_lines, target_lines), 2 * count, most)
-        source = target = learn(options, options.source_vocabulary, both, "source_vocabulary")
+        model = learn(options, sizes[0], both, "source_vocabulary", rule)
+        source, target = (model if one == rule else one.put_into(model) for one in rules)
     else:
-        sides = [spread(lines, count, most) for lines in (source_lines, target_lines)]
-        source = learn(options, options.source_vocabulary, sides[0], "source_vocabulary")
-        target = learn(options, options.target_vocabulary, sides[1], "target_vocabulary")
+        source = learn(
+            options, sizes[0], spread(source_lines, count, most), "source_vocabulary", rules[0]
+        )
+        target = learn(
+            options, sizes[1], spread(target_lines, count, most), "target_vocabulary", rules[1]
+        )
     write_bytes(folder / "source.model", source)
     write_bytes(folder / "target.model", target)
 
 
-def learn(options: TokenizerOptions, size: int, lines: Iterable[str], option: str) -> bytes:
+def learn(
+    options: TokenizerOptions,
+    size: int,
+    lines: Iterable[str],
+    option: str,
+    rule: Normalization = Normalization(),
+) -> bytes:
     """A SentencePiece model of exactly `size` pieces; `option` is what `size` is called."""
     model = io.BytesIO()
     stopped: list[BaseException] = []
@@ -71,7 +93,7 @@ def learn(options: TokenizerOptions, size: int, lines: Iterable[str], option: st
             vocab_size=size,
             byte_fallback=options.byte_fallback,
             character_coverage=options.character_coverage,
-            normalization_rule_name=options.normalization,
+            normalization_rule_name=rule.rule,
             pad_id=Tokenizer.PAD,
             unk_id=Tokenizer.UNK,
             bos_id=Tokenizer.BOS,
@@ -81,7 +103,7 @@ def learn(options: TokenizerOptions, size: int, lines: Iterable[str], option: st
             # A word is the same piece at the start of a sentence as inside it. Where words are
             # not written apart it costs one piece a sentence.
             add_dummy_prefix=True,
-            remove_extra_whitespaces=True,
+            remove_extra_whitespaces=rule.fold,
             max_sentence_length=LONGEST_LINE,
             num_threads=1,  # sums of floats, and so the pieces, could depend on the threads
             minloglevel=ERRORS_ONLY,
@@ -89,7 +111,10 @@ def learn(options: TokenizerOptions, size: int, lines: Iterable[str], option: st
     except RuntimeError as error:
         if stopped:
             raise stopped[0] from None
-        raise CorpusError(f"tokenizer.{option}: got {size}; {limit(str(error))}") from None
+        if problem := limit(str(error)):
+            raise CorpusError(f"tokenizer.{option}: got {size}; {problem}") from None
+        told = " ".join(str(error).split())
+        raise Unlearnable(f"SentencePiece cannot learn from the training text: {told}") from None
     return model.getvalue()
 
 
@@ -109,14 +134,16 @@ def encoder(model: Path) -> Callable[[list[str]], list[list[int]]]:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
 
     def encode(lines: list[str]) -> list[list[int]]:
+        lines = ["" if blank(line) else line.strip(SPACE) for line in lines]
         ids: list[list[int]] = processor.encode(lines, num_threads=torch.get_num_threads())
         return ids
 
     return encode
 
 
-def limit(message: str) -> str:
-    """SentencePiece's complaint about a vocabulary size, in the words of a recipe."""
+def limit(message: str) -> str | None:
+    """SentencePiece's complaint about a vocabulary size, in the words of a recipe; None if it is
+    about something else."""
     if found := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
         return f"the training text has no more pieces; allowed: at most {found[1]}"
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
@@ -126,4 +153,4 @@ def limit(message: str) -> str:
         )
     if "sentences_.empty()" in message or "all_chars_count" in message:
         return "the training text has no line to learn from"
-    return f"SentencePiece cannot learn from the training text: {' '.join(message.split())}"
+    return None

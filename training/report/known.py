@@ -8,6 +8,7 @@ import torch
 
 from training.corpus import lines
 from training.export import exported
+from training.normalization import written
 from training.recipe import Recipe
 from training.report.analysis import Translation, scored
 from training.report.curves import Curves
@@ -64,7 +65,8 @@ class Known:
         decoded = self.run.root / "test.decoded"
         if self.scores is None or not decoded.exists():
             return None
-        source, reference = self.text("source"), self.text("target")
+        source = self.text("source")
+        reference = [written(self.target, one) for one in self.text("target")]
         hypotheses = list(lines(decoded))
         if not len(source) == len(reference) == len(hypotheses):
             raise RunError(
