@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 from handler.answer import Narrator, Part, Stream, prefixed
 from handler.authorization import ANYBODY, Client
+from handler.clauses import Reader
 from handler.decoding import Engine, Event
 from handler.decoding.turns import Caller
+from handler.extras import MissingPackage
 from handler.pieces import Work
 from handler.request import Refusal, RequestOptions, TranslationRequest, place
-from handler.sentences import Segment, segments_of
+from handler.sentences import Segment, Splitter, source_language, unwrapped
 from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
 
@@ -70,6 +72,8 @@ class Admission:
         self.engine = engine
         self.narrator = narrator
         self.options = options
+        self.splitter = Splitter(source_language(engine.model.card))
+        self.reader = Reader(narrator.source, engine.model.max_source_length - 1)
         self.reserved_of: Counter[str] = Counter()  # by client; see `Pending`
 
     @property
@@ -87,23 +91,34 @@ class Admission:
         texts: list[list[Segment]] = []
         for text in request.texts:
             texts.append([])
-            for segment in segments_of(text) if request.options.split else [Segment(text, "")]:
-                texts[-1].append(segment)
+            if request.options.join_lines:
+                text = yield from unwrapped(text)
+            for segment in self.segments(text, request.options):
+                if segment is not None:
+                    texts[-1].append(segment)
                 yield
         self.reserve(pending, sum(map(len, texts)))
-        for i, segments in enumerate(texts):
+        for i, whole in enumerate(texts):
+            segments: list[Segment] = []
             sources: list[list[int]] = []
-            for segment in segments:
-                if segment.text.strip():
-                    sources.append(self.tokens(segment.text, place(request.texts, i)))
+            for sentence in whole:
+                if not sentence.text.strip():
+                    segments.append(sentence)
+                    continue
+                count = len(segments)
+                for segment, ids in self.read(sentence, request.options):
+                    segments.append(segment)
+                    where = place(request.texts, i)
+                    sources.append(self.tokens(ids, segment.text, where, request.options))
                     yield
+                self.reserve(pending, len(segments) - count - 1)
             if sources and not any(sources):
                 raise Refusal(
                     400, "EmptyText",
                     f"{place(request.texts, i)}: nothing is left of it once control characters "
                     "are dropped; allowed: text with at least one visible character",
                 )
-            pending.parts.append(Part(segments, [], sources))
+            pending.parts.append(Part(segments, [], sources, cut=len(segments) > len(whole)))
         pending.prefix = self.prefix(request.options)
         try:
             for ids in itertools.chain.from_iterable(part.sources for part in pending.parts):
@@ -133,12 +148,42 @@ class Admission:
                 yield one
         pending.admitted = True
 
-    def reserve(self, pending: Pending, count: int) -> None:
-        """Have so many sentences count as waiting.
+    def segments(self, text: str, options: RequestOptions) -> Iterator[Segment | None]:
+        """The sentences of a text; see `Splitter.segments`.
+
+        Raises:
+            Refusal: it is to be split, and what splits is missing.
+        """
+        if not options.split:
+            yield Segment(text, "")
+            return
+        try:
+            yield from self.splitter.segments(text)
+        except MissingPackage as error:
+            raise Refusal(
+                400, "InvalidOption",
+                f"split: got true for a text of several sentences, which {error}; allowed on this "
+                "server: false, or one sentence a line",
+            ) from None
+
+    def read(
+        self, sentence: Segment, options: RequestOptions
+    ) -> Iterator[tuple[Segment, list[int]]]:
+        """A sentence with its tokens; in pieces where it is too long and may be cut."""
+        if options.split:
+            yield from self.reader.read(sentence)
+        else:
+            yield sentence, self.reader.source.encode(sentence.text)
+
+    def reserve(self, pending: Pending, more: int) -> None:
+        """Have so many sentences more count as waiting.
 
         Raises:
             Refusal: they are too many for one request, for its client, or for the service.
         """
+        if not more:
+            return
+        count = pending.reserved + more
         if count > self.options.max_sentences:
             raise Refusal(
                 413, "TooManySentences",
@@ -146,20 +191,20 @@ class Admission:
                 "request; send them in several",
             )
         name, most = pending.client.name, pending.client.terms.most_waiting
-        waiting = self.engine.waiting_of(name) + self.reserved_of[name]
+        waiting = self.engine.waiting_of(name) + self.reserved_of[name] - pending.reserved
         if most is not None and waiting + count > most:
             raise Refusal(
                 429, "TooManyWaiting",
                 f"text: got {count} sentences, and {waiting} of this token wait already; allowed "
                 f"with this token: {most} together; send fewer, or try again later",
             )
-        if self.waiting_count + count > self.options.max_waiting:
+        if self.waiting_count + more > self.options.max_waiting:
             raise Refusal(
                 503, "Overloaded",
-                f"{self.waiting_count} sentences wait already; try again later",
+                f"{self.waiting_count - pending.reserved} sentences wait already; try again later",
             )
         pending.reserved = count
-        self.reserved_of[name] += count
+        self.reserved_of[name] += more
 
     def release(self, pending: Pending, count: int | None = None) -> None:
         """Take back what was reserved, all or some of it."""
@@ -170,16 +215,19 @@ class Admission:
         if not self.reserved_of[name]:
             del self.reserved_of[name]
 
-    def tokens(self, text: str, where: str) -> list[int]:
+    def tokens(
+        self, ids: list[int], text: str, where: str, options: RequestOptions
+    ) -> list[int]:
         """Ids of a sentence, with EOS; none where nothing is left of it."""
-        tokens, limit = self.narrator.source.encode(text), self.engine.model.max_source_length
-        if len(tokens) + 1 > limit:
+        limit = self.reader.limit
+        if len(ids) > limit:
+            advice = "" if options.split else ", or with split true a text that can be cut"
             raise Refusal(
                 413, "TextTooLong",
-                f"{where}: got a sentence of {len(text)} characters, {len(tokens)} tokens; "
-                f"allowed: at most {limit - 1} tokens; send shorter sentences",
+                f"{where}: got a sentence of {len(text)} characters, {len(ids)} tokens; "
+                f"allowed: at most {limit} tokens; send shorter sentences{advice}",
             )
-        return [*tokens, self.engine.model.eos_id] if tokens else []
+        return [*ids, self.engine.model.eos_id] if ids else []
 
     def prefix(self, options: RequestOptions) -> list[int]:
         """Target ids of the prefix."""

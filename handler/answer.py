@@ -19,11 +19,15 @@ Committed = Callable[[int], list[int]]
 @dataclass(frozen=True)
 class Part:
     """One text of a request: its segments, and the engine's sentence for each that has words; None
-    for one of which nothing is left once control characters are dropped."""
+    for one of which nothing is left once control characters are dropped.
+
+    cut: a sentence was too long for the model, and is several segments.
+    """
 
     segments: list[Segment]
     sentences: list[int | None]
     sources: list[list[int]]
+    cut: bool = False
 
 
 def prefixed(
@@ -65,10 +69,13 @@ class Narrator:
         translations = []
         for one in parts:
             translations.append((yield from self.translated(one, ended, request.options)))
-        usage = {
+        usage: dict[str, Any] = {
             "source_tokens": sum(len(s) for one in parts for s in one.sources),
             "target_tokens": sum(len(r.tokens) for e in ended.values() for r in e.results),
         }
+        cut = [i for i, part in enumerate(parts) if part.cut]
+        if cut:
+            usage["cut_texts"] = cut
         return {"translations": translations, "model": self.model, "usage": usage}
 
     def translations(

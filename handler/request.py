@@ -37,8 +37,11 @@ class RequestOptions(DecodingOptions):
 
     prefix: what each translation begins with, in the target language; of a text of several
         sentences the first. It counts towards max_length and the score.
-    split: translate paragraphs sentence by sentence and keep their line breaks. Without it each
-        text is one sentence.
+    split: translate paragraphs sentence by sentence and keep their line breaks. A sentence that is
+        too long for the model is translated in pieces, which `usage.cut_texts` tells. Without it
+        each text is one sentence.
+    join_lines: take the lines of a paragraph for one, as of text wrapped at 72 columns; with
+        `split` alone. Blank lines, and lines that begin as items of a list do, stay apart.
     stream: answer with server-sent events as tokens are decided.
     return_tokens: tell each translation's pieces.
     priority: bulk waits while interactive requests wait, whoever sent them, but for one turn of
@@ -47,9 +50,15 @@ class RequestOptions(DecodingOptions):
 
     prefix: str | None = field(default=None, metadata={"longest": 4096})
     split: bool = True
+    join_lines: bool = False
     stream: bool = False
     return_tokens: bool = False
     priority: Literal["interactive", "bulk"] = "interactive"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.join_lines and not self.split:
+            raise ValueError("join_lines: got true with split false; allowed: with split true")
 
 
 @dataclass(frozen=True)

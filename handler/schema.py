@@ -32,13 +32,19 @@ def schema(options: type, most_texts: int) -> dict[str, Any]:
         weights={"type": "array", "items": {"type": "array", "items": share}},
     )
     tokens = {"type": "integer", "minimum": 0}
+    usage = record(source_tokens=tokens, target_tokens=tokens)
+    usage["properties"]["cut_texts"] = {
+        "type": "array", "items": tokens, "minItems": 1, "uniqueItems": True,
+        "description": "indices of the texts of which a sentence was too long for the model and "
+        "was translated in pieces; only with such texts",
+    }
     answer = record(
         translations={
             "type": "array", "minItems": 1,
             "items": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/hypothesis"}},
         },
         model=record(name={"type": "string"}, version={"type": "string"}),
-        usage=record(source_tokens=tokens, target_tokens=tokens),
+        usage=usage,
     )
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

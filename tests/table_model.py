@@ -28,6 +28,7 @@ class TableModel:
     pad_id, unk_id, bos_id, eos_id = 0, 1, 2, 3
     source_vocabulary = target_vocabulary = 12
     max_source_length, max_target_length = 8, 20
+    card = "{}"
 
     def __init__(
         self,

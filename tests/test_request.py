@@ -55,7 +55,7 @@ def test_every_option_is_read():
         "repetition_penalty": 1.2, "sampling": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
         "seed": None, "max_time": 2.5, "return_scores": True, "return_alignments": True,
         "prefix": "é", "split": False, "stream": True, "return_tokens": True,
-        "priority": "bulk",
+        "priority": "bulk", "join_lines": False,
     }
     assert set(options) == {one.name for one in dataclasses.fields(RequestOptions)}
     request = parse(JSON, {"text": "a", **options}, MOST)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from handler.sentences import LINE_BREAK, Segment, join, split
+from handler.sentences import LINE_BREAK, Segment, Splitter, join
 from training.dates import DatesOptions, all_days, spellings, surfaces, write_corpus
 
 SPLIT = {
@@ -103,6 +103,7 @@ pieces = [
 ]  # fmt: skip
 soup = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
 texts = any_text | soup
+split = Splitter().split
 
 
 def sentences(text: str) -> list[str]:

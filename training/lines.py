@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from handler.answer import Narrator, Part, prefixed
+from handler.clauses import Reader
 from handler.decoding import Engine, SequenceModel
 from handler.decoding.model import packed
 from handler.decoding.offline import in_order
+from handler.extras import MissingPackage
 from handler.request import RequestOptions
-from handler.sentences import Segment, split
+from handler.sentences import Segment, Splitter, source_language
 from handler.tokenizer import Tokenizer
 
 ROWS = 64  # hypotheses decoded together offline
@@ -40,6 +42,8 @@ def translations(
     """
     engine = Engine(packed(model, device), max(rows, options.beam_size), device)
     narrator = Narrator(source, target, {})
+    splitter = Splitter(source_language(model.card))
+    reader = Reader(source, model.max_source_length - 1)
     prefix = target.encode(options.prefix or "")
     wrong: list[LineError] = []
 
@@ -52,14 +56,16 @@ def translations(
 
     def part_of(line: str, number: int) -> Part:
         """A line in sentences that can be decoded."""
-        segments = split(line) if options.split else [Segment(line.strip(), "")]
+        segments: list[Segment] = []
         sources: list[list[int]] = []
-        for text in (one.text for one in segments if one.text):
-            ids = source.encode(text)
-            if len(ids) + 1 > model.max_source_length:
+        for piece, ids in pieces_of(line, number):
+            segments.append(piece)
+            if not piece.text:
+                continue
+            if len(ids) > reader.limit:
                 raise LineError(
-                    f"line {number}: {len(ids)} tokens; the model reads at most "
-                    f"{model.max_source_length - 1}: split the line into sentences"
+                    f"line {number}: {len(ids)} tokens; the model reads at most {reader.limit}: "
+                    "split the line into sentences"
                 )
             sources.append([*ids, model.eos_id] if ids else [])
             try:
@@ -68,6 +74,18 @@ def translations(
             except ValueError as error:
                 raise LineError(f"line {number}: {error}") from None
         return Part(segments, [None] * len(sources), sources)
+
+    def pieces_of(line: str, number: int) -> Iterator[tuple[Segment, list[int]]]:
+        """A line in segments with their tokens."""
+        if not options.split:
+            yield Segment(line.strip(), ""), source.encode(line.strip())
+            return
+        try:
+            sentences = splitter.split(line)
+        except MissingPackage as error:
+            raise LineError(f"line {number}: splitting it into sentences {error}") from None
+        for sentence in sentences:
+            yield from reader.read(sentence)
 
     def admit(part: Part) -> list[int]:
         for i, (ids, begun) in enumerate(prefixed(part.sources, prefix)):
