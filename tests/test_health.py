@@ -1,7 +1,6 @@
 """What probes are told: how much is known of TorchServe, and when a drain is over; no server."""
 
 import contextlib
-import dataclasses
 import http.client
 import re
 import socket
@@ -16,7 +15,7 @@ from server.errors import ServerError
 from server.health import HealthServer, prometheus
 from server.options import ServerOptions
 from server.ports import unsent
-from server.supervisor import STALE, STILL, Supervisor, SupervisorOptions
+from server.supervisor import SILENT, STALE, Supervisor, SupervisorOptions
 from server.watch import Snapshot, Watch, read_snapshot
 
 # What is known of TorchServe
@@ -29,18 +28,15 @@ def version(status="READY", pid=7, pending=0) -> dict:
     }
 
 
-def gauges(live=0, pending=0, arrivals=None) -> str:
+def gauges(live=0, pending=0) -> str:
     labels = '{model_name="seq2seq",Hostname="a",}'
     text = f"# TYPE x gauge\nseq2seq_live_requests{labels} {live}.0\n"
-    text += f"seq2seq_pending_requests{labels} {pending}.0\n"
-    if arrivals is not None:
-        text += f"ts_inference_requests_total{labels} {arrivals}\n"
-    return text
+    return text + f"seq2seq_pending_requests{labels} {pending}.0\n"
 
 
 def test_a_snapshot_is_what_management_and_metrics_say():
-    found = read_snapshot(5.0, [version(pending=3)], gauges(2, 4, "1.5E3"))
-    assert found == Snapshot(5.0, True, "1.0", (7,), 3, 6, 1500.0)
+    found = read_snapshot(5.0, [version(pending=3)], gauges(2, 4))
+    assert found == Snapshot(5.0, True, "1.0", (7,), 3, 6)
     assert found.told == "3 in the queue, 6 in the handler"
     found = read_snapshot(5.0, [version("UNLOADED", pid=-1)], "")
     assert (found.ready, found.workers, found.live) == (False, (), None)
@@ -78,46 +74,70 @@ def clock(monkeypatch):
     return now
 
 
+class Leaving:
+    """A front that is told whether its last connection is closed, and notes what it is asked."""
+
+    pid, restarts = None, 0
+
+    def __init__(self):
+        self.asked = []
+        self.over = self.lost = False
+
+    def close(self):
+        self.asked.append("close")
+
+    def leave(self):
+        self.asked.append("leave")
+
+    def gone(self):
+        return self.over
+
+
 def watched(clock) -> tuple[Supervisor, Told]:
     one = supervisor()
     one.server._ports = {"inference": 1}
+    one.server._front = Leaving()
     watch = one.watch = Told()
     return one, watch
 
 
-def test_a_drain_is_over_when_nothing_has_moved_for_long_enough(clock, monkeypatch):
-    one, watch = watched(clock)
-
-    def look(after, live=0, pending=0, queued=0, arrivals=8) -> bool:
-        clock[0] += after
-        watch.sees(clock[0], version(pending=queued), metrics=gauges(live, pending, arrivals))
-        return one.drained()
-
-    assert not look(0)
-    assert not look(STILL - 0.5)  # a request may have come before the handler told
-    assert look(0.5)
-    assert not look(1, arrivals=9)
-    assert not look(1, arrivals=9)
-    assert look(STILL, arrivals=9)
-    assert not look(1, live=1, arrivals=9)
-    assert not look(1, pending=1, arrivals=9)
-    assert look(1, arrivals=9)
-    assert not look(1, queued=1, arrivals=9)
-    assert not look(1, arrivals=9)
-    assert look(STILL, arrivals=9)
+def test_a_drain_is_over_when_the_front_has_ended_and_all_is_read(clock, monkeypatch):
+    one, _ = watched(clock)
+    assert not one.drained()
+    one.server.front.over = True
+    assert one.drained()
     monkeypatch.setattr("server.supervisor.unsent", lambda port: 1)
     assert not one.drained()
-    monkeypatch.setattr("server.supervisor.unsent", lambda port: 0)
-    clock[0] += STILL  # nobody has looked since
-    assert not one.drained()
 
 
-def test_a_handler_that_tells_nothing_is_not_taken_for_idle(clock):
+def test_a_drain_closes_connections_first_and_the_door_when_it_has_settled(clock, monkeypatch):
     one, watch = watched(clock)
-    for _ in range(9):
+    one.signals, front, start = 1, one.server.front, clock[0]
+    seen = {}
+
+    def tick():
         clock[0] += 1
-        watch.sees(clock[0], version())
-        assert not one.drained()
+        watch.sees(clock[0], version(), metrics=gauges(0))
+        seen.setdefault(tuple(front.asked), clock[0] - start)
+        front.over = clock[0] - start > one.options.settle_seconds + 5
+
+    monkeypatch.setattr(one, "_tick", tick)
+    assert one._serve() == 0
+    assert seen == {("close",): 1, ("close", "leave"): one.options.settle_seconds + 1}
+    assert clock[0] - start == one.options.settle_seconds + 6
+
+
+def test_a_front_that_broke_off_has_lost_requests(clock, monkeypatch):
+    one, watch = watched(clock)
+    one.signals = 1
+
+    def tick():
+        clock[0] += 1
+        watch.sees(clock[0], version(), metrics=gauges(0))
+        one.server.front.lost = "leave" in one.server.front.asked
+
+    monkeypatch.setattr(one, "_tick", tick)
+    assert one._serve() == 1
 
 
 @pytest.mark.parametrize(
@@ -130,7 +150,7 @@ def test_a_handler_that_tells_nothing_is_not_taken_for_idle(clock):
 def test_the_exit_status_tells_whether_a_request_was_cut_off(
     clock, monkeypatch, live, queued, unread, signals, status
 ):
-    """When the time is up: nothing has been still for long enough to be sure."""
+    """When the time is up, and a connection is still open."""
     one, watch = watched(clock)
     one.signals = signals
     start, told = clock[0], "" if live is None else gauges(live)
@@ -138,8 +158,7 @@ def test_the_exit_status_tells_whether_a_request_was_cut_off(
 
     def tick():
         clock[0] += 1
-        watch.sees(clock[0], version(pending=queued), metrics=told + f"# {clock[0]}\n")
-        watch.snapshot = dataclasses.replace(watch.snapshot, still=clock[0])
+        watch.sees(clock[0], version(pending=queued), metrics=told)
 
     monkeypatch.setattr(one, "_tick", tick)
     tick()
@@ -158,10 +177,14 @@ def test_a_worker_that_never_comes_back_is_death_and_a_look_that_fails_is_not_re
     clock[0] += STALE + 1
     assert one.unready() == "TorchServe has not answered for 11 s"
     assert "seq2serve_live_requests" not in prometheus(one.metrics())
+    assert one.dead() == ""
+    clock[0] += SILENT - STALE
+    assert one.dead() == "TorchServe has not answered for 15 s"
     watch.sees(clock[0], version("UNLOADED"))
     assert one.unready() == "no worker is ready"
     assert one.dead() == ""
     clock[0] += 60 + 2 * 10
+    watch.sees(clock[0], version("UNLOADED"))
     assert re.fullmatch(r"no worker was ready for \d+ s", one.dead())
     one.draining = True
     assert one.dead() == ""
@@ -183,7 +206,8 @@ def test_bytes_that_a_client_has_yet_to_take_are_seen():
                     pass
             assert unsent(port) == 1
             client.settimeout(GUARD_SECONDS)
-            served.shutdown(socket.SHUT_WR)
+            served.close()  # the kernel goes on sending
+            assert unsent(port) == 1
             while client.recv(65536):
                 pass
             assert unsent(port) == 0

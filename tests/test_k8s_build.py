@@ -133,13 +133,14 @@ def test_does_not_build_without_what_a_site_must_say(
     assert value in done.stderr
 
 
-def test_the_configuration_is_the_repository_s() -> None:
-    """kustomize reads no file above its folder: `make k8s/base/config.properties` copies it."""
-    ours = (ROOT / "config.properties").read_bytes()
-    assert (K8S / "base" / "config.properties").read_bytes() == ours
+@pytest.mark.parametrize("name", ["config.properties", "haproxy.cfg"])
+def test_the_configuration_is_the_repository_s(name: str) -> None:
+    """kustomize reads no file above its folder: `make k8s/base/FILE` copies it."""
+    ours = (ROOT / name).read_bytes()
+    assert (K8S / "base" / name).read_bytes() == ours
     for one in documents("overlays/production-gke"):
         if one["kind"] == "ConfigMap" and one["metadata"]["name"].startswith("seq2serve-config"):
-            assert one["data"]["config.properties"].encode() == ours
+            assert one["data"][name].encode() == ours
             break
     else:
         pytest.fail("no ConfigMap seq2serve-config")

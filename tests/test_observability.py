@@ -59,18 +59,21 @@ def test_both_scrape_the_same_ports_as_often_and_keep_the_same() -> None:
     ours, theirs = one(GMP, "PodMonitoring")["spec"], one(OPERATOR, "PodMonitor")["spec"]
     assert ours["selector"] == theirs["selector"]
     ends = [
-        (end["port"], end["interval"], end["timeout"], end["metricRelabeling"])
+        (end["port"], end.get("path", "/metrics"), end["interval"], end["timeout"],
+         end["metricRelabeling"])
         for end in ours["endpoints"]
     ]
     assert ends == [
-        (end["port"], end["interval"], end["scrapeTimeout"], end["metricRelabelings"])
+        (end["port"], end.get("path", "/metrics"), end["interval"], end["scrapeTimeout"],
+         end["metricRelabelings"])
         for end in theirs["podMetricsEndpoints"]
     ]
-    assert {end[:2] for end in ends} == {
-        ("metrics", f"{SCRAPE_SECONDS}s"),
-        ("health", f"{SCRAPE_SECONDS}s"),
+    assert {end[:3] for end in ends} == {
+        ("metrics", "/metrics", f"{SCRAPE_SECONDS}s"),
+        ("metrics", "/front/metrics", f"{SCRAPE_SECONDS}s"),
+        ("health", "/metrics", f"{SCRAPE_SECONDS}s"),
     }
-    assert all(seconds(end[2]) <= SCRAPE_SECONDS for end in ends)
+    assert all(seconds(end[3]) <= SCRAPE_SECONDS for end in ends)
 
 
 @pytest.mark.parametrize("combination", [GMP, "overlays/staging-gke", "tests/canary"])
