@@ -89,7 +89,10 @@ def test_a_lock_whose_file_its_owner_removed_is_none(
 ) -> None:
     """Or whoever comes next would make a new file, and have a lock as well."""
     monkeypatch.setattr("fcntl.flock", lambda *_: (run.root / LOCK).unlink())
-    with pytest.raises(RunError, match="another process works there"), only_writer(run.root, "train", 0):
+    with (
+        pytest.raises(RunError, match="another process works there"),
+        only_writer(run.root, "train", 0),
+    ):
         pass
 
 

@@ -1,11 +1,10 @@
-"""A run is of its recipe and its text, by content: whatever names and times say, the verbs make again
+"""A run is of its recipe and its text, by content: whatever names and times say, verbs make again
 what is quick, and refuse what would give up weights or pass one run off as another's."""
 
 import functools
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,10 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT, Tiny, command, environment, verb
 
-import training.stages
 from training import checkpoint
 from training.archive import archived
 from training.recipe import load
-from training.run import Run, RunError, only_writer
+from training.run import RunError, only_writer
 from training.stages import STAGES, StageOptions, build
 
 MODEL = "embedding_size: 16"

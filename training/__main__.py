@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.fields import read
-from training.recipe import Recipe, load, separate
+from training.recipe import Recipe, demand_text, load, separate
 from training.run import Run, only_writer
 from training.signals import Interrupted
 
@@ -89,6 +89,8 @@ def main() -> int:
             arguments.changes.append(f"export.weights={arguments.weights}")
         changes = [one for given in arguments.changes for one in separate(given)]
         recipe = load(arguments.recipe, arguments.data, changes)
+        if arguments.data is not None:
+            demand_text(recipe)
         return carry_out(arguments, recipe, Run(arguments.run or Path("runs") / recipe.name))
     except BrokenPipeError:
         # Whoever read the output has left. Python would fail again when it flushes at its end.

@@ -262,7 +262,7 @@ def load(path: Path, folder: str | None = None, changes: Sequence[str] = ()) -> 
     """The recipe in the YAML file `path`.
 
     Args:
-        folder: replaces `data.folder`; relative to the current directory. The text is there.
+        folder: replaces `data.folder`; relative to the current directory.
         changes: of single keys, each `section.key=value`, the value being YAML.
 
     Raises:
@@ -285,15 +285,19 @@ def load(path: Path, folder: str | None = None, changes: Sequence[str] = ()) -> 
     except FieldError as error:
         raise RecipeError(f"{path}: {error}") from None
     base = Path(folder) if folder is not None else path.parent / (recipe.data.folder or ".")
-    data = dataclasses.replace(recipe.data, folder=os.path.abspath(base))
-    if folder is not None:
-        for name, file, at in data.texts():
-            if not at.exists():
-                raise RecipeError(
-                    f"--data: got {folder!r}; allowed: a folder with the text of the recipe; "
-                    f"{file} of data.{name} is not there"
-                )
-    return dataclasses.replace(recipe, data=data)
+    absolute = os.path.abspath(base)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, folder=absolute))
+
+
+def demand_text(recipe: Recipe) -> None:
+    """Whether the text is where it was said to be.
+
+    Raises:
+        RecipeError: a file of it is not there.
+    """
+    for name, _, path in recipe.data.texts():
+        if not path.exists():
+            raise RecipeError(f"--data: {path}: no such file; the recipe names it in data.{name}")
 
 
 def separate(changes: str) -> list[str]:
