@@ -2,36 +2,46 @@
 
 PYTHON ?= python3
 RECIPE ?= recipes/dates.yaml
+# Folder of the run; else runs/ and the name in the recipe.
+RUN ?=
 # Folder of the text, instead of the recipe's own: make demo RECIPE=... DATA=/path/to/text
 DATA ?=
-# Keys of the recipe to change: make train SET="training.seed=2 training.epochs=5"
+# Keys of the recipe to change, part of the recipe as if they stood there:
+# make train SET="training.seed=2 training.epochs=5"
 SET ?=
 # Further options of the verb train: make train TRAIN="--accept-changes"
 TRAIN ?= $(if $(FRESH),--fresh)
 # cpu: torch's CPU build, without gigabytes of CUDA packages. cuda: the build for NVIDIA GPUs.
 TORCH ?= cpu
 PORT ?= 8080
-# Folders of trained runs that answer as one: make ensemble RUN=runs/all MEMBERS="runs/a runs/b"
+# Folders of trained runs that answer as one: make ensemble RUN=runs/all MEMBERS="runs/a runs/b".
+# Spaces separate them; folders with a space in their names only `python -m training` can be given.
 MEMBERS ?=
-OUT ?= $(RUN)/distilled
+OUT ?=
 URL ?= http://127.0.0.1:$(PORT)
 TEXT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready-$(TORCH)
-NAME := $(shell sed -n 's/^name: *\([A-Za-z0-9._-]*\).*/\1/p' $(RECIPE) 2>/dev/null)
-RUN ?= runs/$(or $(NAME),none)
-ARCHIVE := $(RUN)/archive/seq2seq.mar
 STORE := model-store
+# What was typed, as one word of the shell with its spaces, `$` and quotes.
+typed = $(if $(filter command environment,$(firstword $(origin $1))),$(value $1),$($1))
+quoted = $(if $(findstring $(line_break),$(typed)),$(error $1: make cannot pass a line break on))'$(subst ','\'',$(typed))'
+define line_break
+
+
+endef
+option = $(if $(value $2),$1 $(call quoted,$2))
 TRAINING = $(BIN)/python -m training
-OPTIONS = $(RECIPE) --run $(RUN) $(if $(DATA),--data $(DATA)) $(foreach change,$(SET),--set $(change))
+OPTIONS = $(call quoted,RECIPE) $(call option,--run,RUN) $(call option,--data,DATA) $(call option,--set,SET)
+FOLDER = $(TRAINING) folder $(OPTIONS)
+BUILD = $(TRAINING) build $(OPTIONS) --until
 TORCH_VERSION := $(shell sed -n 's/^ *"torch==\([^"]*\)".*/\1/p' pyproject.toml)
-HANDLER := $(shell find handler -name '*.py' -o -name '*.cu' -o -name 'model-config.yaml')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: force help setup prepare train evaluate export archive mar ensemble distill diversify report serve translate demo test lint k8s-tools image image-test loadtest autoscale bench paper clean
+.PHONY: help setup prepare train evaluate export archive mar ensemble distill diversify report serve translate demo test lint k8s-tools image image-test loadtest autoscale bench paper clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z][a-z0-9-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -57,58 +67,33 @@ endif
 	@$(BIN)/pip install -q -e '.[dev]'
 	@touch $@
 
-force:
+# Python knows what of a run is done for this recipe and its text: see training/stages.py.
+prepare: | $(READY)  ## clean the text, train the tokenizers
+	$(BUILD) prepare $(if $(FRESH),--fresh)
 
-$(RECIPE):
-	@echo "RECIPE: $@ does not exist; there are: $(wildcard recipes/*.yaml)" >&2; exit 1
+train: | $(READY)  ## learn the weights; goes on where a stopped run was (FRESH=1: anew)
+	$(BUILD) train $(TRAIN)
 
-# What SET and DATA were when a run was last made with any. Others make its files again, and each verb
-# says what it refuses to change; none, as in `make evaluate` after `make train SET=...`, change nothing.
-# A verb that finds all done leaves its file as old as it was: hence `touch`.
-GIVEN := $(strip $(SET) $(DATA))
-export GIVEN
-given := $(if $(GIVEN),$(RUN)/given)
-$(RUN)/given: force
-	@mkdir -p $(@D) && { printf '%s\n' "$$GIVEN" | cmp -s - $@ || printf '%s\n' "$$GIVEN" > $@; }
+evaluate: | $(READY)  ## score the best weights on validation and test text
+	$(BUILD) evaluate $(TRAIN)
 
-prepare: $(RUN)/data/report.json  ## clean the text, train the tokenizers
-$(RUN)/data/report.json: $(RECIPE) $(given) | $(READY)
-	$(TRAINING) prepare $(OPTIONS)
-	@touch $@
-
-train: $(RUN)/training.json  ## learn the weights; goes on where a stopped run was (FRESH=1: anew)
-$(RUN)/training.json: $(RUN)/data/report.json $(given) $(if $(TRAIN),force)
-	$(TRAINING) train $(OPTIONS) $(TRAIN)
-	@touch $@
-
-evaluate: $(RUN)/scores.json  ## score the best weights on validation and test text
-$(RUN)/scores.json: $(RUN)/training.json $(given)
-	$(TRAINING) evaluate $(OPTIONS)
-
-export: $(RUN)/model.pt  ## write model.pt (TorchScript)
-$(RUN)/model.pt: $(RUN)/scores.json $(given)
-	$(TRAINING) export $(OPTIONS)
-
-$(ARCHIVE): $(RUN)/model.pt $(HANDLER)
-	$(TRAINING) archive $(OPTIONS) --store $(@D)
+export: | $(READY)  ## write model.pt (TorchScript)
+	$(BUILD) export $(TRAIN)
 
 # Each run keeps its archive; the store holds the one that is served.
-mar: $(ARCHIVE)  ## build model-store/seq2seq.mar for TorchServe
-	@mkdir -p $(STORE)
-	@cmp -s $(ARCHIVE) $(STORE)/seq2seq.mar || { \
-	  cp $(ARCHIVE) $(STORE)/.new && mv $(STORE)/.new $(STORE)/seq2seq.mar && \
-	  cp $(ARCHIVE).sha256 $(STORE)/seq2seq.mar.sha256 && echo "$(STORE)/seq2seq.mar"; }
+mar: | $(READY)  ## build model-store/seq2seq.mar for TorchServe
+	$(BUILD) archive --store $(call quoted,STORE) $(TRAIN)
 
 archive: mar  ## another name for mar, after its verb
 
 serve: | $(READY)  ## serve model-store/seq2seq.mar until Ctrl-C (PORT=0: free ports)
-	@exec $(BIN)/python -m server serve --model-store $(STORE) $(if $(filter 0,$(PORT)),--free-ports,--port $(PORT))
+	@exec $(BIN)/python -m server serve --model-store $(call quoted,STORE) $(if $(filter 0,$(PORT)),--free-ports,--port $(PORT))
 
 ensemble: | $(READY)  ## MEMBERS="runs/a runs/b" RUN=runs/all: several trained runs as one
 	$(TRAINING) ensemble $(OPTIONS) --members $(MEMBERS)
 
-distill: $(RUN)/training.json  ## text with the run's translations as targets, for a student (OUT=folder)
-	$(TRAINING) distill $(OPTIONS) --out $(OUT)
+distill: train  ## text with the run's translations as targets, for a student (OUT=folder)
+	$(TRAINING) distill $(OPTIONS) $(call option,--out,OUT)
 
 diversify: | $(READY)  ## your text, and what teachers of both directions make of it, for a student (RUN=folder)
 	$(TRAINING) diversify $(OPTIONS)
@@ -117,12 +102,13 @@ report: | $(READY)  ## write RUN/report/index.html, also of a run that is still 
 	$(TRAINING) report $(OPTIONS)
 
 translate: | $(READY)  ## TEXT="...": translate with a running server (URL=http://127.0.0.1:8080)
-	@$(BIN)/python -m server translate --url $(URL) $(if $(TEXT),"$$TEXT")
+	@$(BIN)/python -m server translate --url $(call quoted,URL) $(if $(TEXT),"$$TEXT")
+override TEXT := $(call typed,TEXT)
 export TEXT
 
 demo: mar  ## train, export, archive, serve and translate over REST, from nothing
-	@cat $(RUN)/training.json $(RUN)/scores.json
-	@$(BIN)/python -m server.demo $(STORE) $(RUN)/data/test.source $(RUN)/data/test.target
+	@run=$$($(FOLDER)) && cat "$$run/training.json" "$$run/scores.json" && \
+	$(BIN)/python -m server.demo $(call quoted,STORE) "$$run/data/test.source" "$$run/data/test.target"
 
 lint: | $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -141,7 +127,7 @@ test: k8s-tools | $(READY)  ## every test, end to end included (ten to 25 minute
 	$(BIN)/python -m pytest
 
 bench: mar  ## measure the served model: requests a second and latency
-	$(BIN)/python -m bench.serving $(STORE) $(RUN)/data/test.source
+	@run=$$($(FOLDER)) && $(BIN)/python -m bench.serving $(call quoted,STORE) "$$run/data/test.source"
 
 # Of images: podman or docker; both bases by digest for production.
 ENGINE ?= podman
@@ -171,7 +157,7 @@ autoscale: | $(READY)  ## simulate the autoscaler: a table, and pictures in buil
 	$(BIN)/python -m bench.autoscale --out build/autoscale
 
 paper: | $(READY)  ## DATA=/path/to/multi30k: what the paper compared, trained and compared (hours; goes on)
-	$(BIN)/python -m bench.paper --data "$(DATA)"
+	$(BIN)/python -m bench.paper --data $(call quoted,DATA)
 
 clean:  ## remove what was built and trained; the environment stays
 	rm -rf runs $(STORE) build

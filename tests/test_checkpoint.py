@@ -12,7 +12,14 @@ from model import ModelOptions, Network
 from training import checkpoint
 from training.checkpoint import Progress
 from training.learner import Learner
-from training.recipe import DataOptions, FilesOptions, Recipe, TrainingOptions
+from training.recipe import (
+    DataOptions,
+    ExportOptions,
+    FilesOptions,
+    Recipe,
+    ShortlistOptions,
+    TrainingOptions,
+)
 from training.run import Run, RunError, write_atomically, write_text
 
 FILES = FilesOptions(source="a", target="b")
@@ -280,6 +287,48 @@ def test_weights_from_before_the_target_had_a_normalisation_of_its_own_are_the_r
     other = changed("tokenizer", {"target_normalization": "nfkc"})
     with pytest.raises(RunError, match="target_normalization: None -> 'nfkc'"):
         checkpoint.load_own(tmp_path / "last.pt", other, DIGESTS)
+
+
+def test_a_key_that_an_older_recipe_lacks_is_what_was_done_before_there_was_one() -> None:
+    """Of a section, and of a mapping in one. `before` says where the default is something else."""
+    recipe = dataclasses.replace(RECIPE, export=ExportOptions("1.0", "int8", ShortlistOptions()))
+    then = recipe.as_dict()
+    del then["training"]["r_drop"], then["cleaning"]["max_tokens"], then["scoring"]
+    del then["data"]["train"]["source_column"], then["export"]["shortlist"]["frequent"]
+    sections = (*checkpoint.DECISIVE, "scoring", "export")
+    assert checkpoint.differences(then, recipe, sections) == []
+    for section, change, told in (
+        ("training", {"r_drop": 1.0}, ["training.r_drop: 0.0 -> 1.0"]),
+        ("scoring", {"beam_size": 1}, ["scoring.beam_size: 5 -> 1"]),
+    ):
+        other = dataclasses.replace(
+            recipe, **{section: dataclasses.replace(getattr(recipe, section), **change)}
+        )
+        assert checkpoint.differences(then, other, sections) == told
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    seed: int = 1
+    added: str = "new"
+    replaced: str = dataclasses.field(default="new", metadata={"before": "old"})
+
+
+def test_a_default_that_is_not_what_was_done_before_counts() -> None:
+    assert checkpoint.unlike("x", {"seed": 1}, Grown()) == {"replaced": ("old", "new")}
+    assert checkpoint.unlike("x", {"seed": 1}, Grown(replaced="old")) == {}
+    assert checkpoint.unlike("x", {"seed": 2, "added": "a", "replaced": "new"}, Grown()) == {
+        "seed": (2, 1), "added": ("a", "new"),
+    }  # fmt: skip
+
+
+def test_a_state_is_restored_from_a_recipe_that_lacks_a_key() -> None:
+    held = content(1, step=4, best_score=-2.0, since_best=1, finished="yes")
+    for key in ("subword_sampling", "optimizer"):
+        del held["recipe"]["training"][key]
+    other = made(2)
+    assert checkpoint.restore(held, other).finished == "yes"
+    assert str(other.optimizer.state_dict()) == str(held["optimizer"])
 
 
 def changed(section: str, change: dict[str, Any]) -> Recipe:

@@ -191,7 +191,7 @@ def test_what_was_killed_goes_on_and_gives_the_same(teacher: Path, tmp_path: Pat
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert files(out).keys() == {"distilled.json", ".train.target.partial"}
+    assert files(out).keys() == {".lock", "distilled.json", ".train.target.partial"}
     assert files(out)[".train.target.partial"].endswith(b"123\n45")
     summary = distill(
         load(teacher / "tiny.yaml"), Run(teacher / "run"), out, DistillOptions(beam_size=2)

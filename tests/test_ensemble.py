@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,8 +302,12 @@ def test_a_member_prepared_anew_is_named(runs: Path, tmp_path: Path) -> None:
         with (tmp_path / f"train.{side}").open("a") as added:
             added.write("123454321\n")
     prepare(load(file), member.root)
+    recipe, members = recipe_of(runs), [Run(runs / "a"), member]
+    with pytest.raises(RunError, match=r"b/data was prepared otherwise: .*train\.src: the text of"):
+        ensemble(recipe, Run(tmp_path / "new"), members)
+    elsewhere = replace(recipe, data=replace(recipe.data, folder=str(tmp_path / "nowhere")))
     with pytest.raises(RunError, match=r"b: .*: its data were prepared anew since"):
-        ensemble(recipe_of(runs), Run(tmp_path / "new"), [Run(runs / "a"), member])
+        ensemble(elsewhere, Run(tmp_path / "new"), members)
 
 
 def test_a_member_whose_tokenizer_was_changed_is_named(runs: Path, tmp_path: Path) -> None:

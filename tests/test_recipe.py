@@ -8,7 +8,16 @@ import pytest
 import yaml
 
 from model import ModelOptions
-from training.recipe import DataOptions, FilesOptions, Recipe, RecipeError, changed, load
+from training.recipe import (
+    DataOptions,
+    FilesOptions,
+    Recipe,
+    RecipeError,
+    changed,
+    demand_text,
+    load,
+    separate,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATES = "name: x\ndata: {generator: dates}\nmodel: {}\n"
@@ -189,7 +198,84 @@ def test_every_head_has_its_share_of_attention() -> None:
         assert ModelOptions(attention_size=12, attention_heads=heads).attention_heads == heads
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{DATES}training: {{}}\ntraining: {{}}\n", "'training' is in line 4 and again in line 5"),
+        (f"{DATES}training:\n  seed: 1\n  seed: 1\n", "'seed' is in line 5 and again in line 6"),
+        (f"{DATES}training: {{seed: 1, 'seed': 2}}\n", "'seed' is in line 4 and again in line 4"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_there_twice_is_named_with_both_lines(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        loaded(tmp_path, text)
+    assert str(caught.value) == (
+        f"{tmp_path / 'recipe.yaml'}: not valid YAML: {message}; allowed: once"
+    )
+
+
+def test_a_key_may_win_over_the_same_of_a_mapping_that_is_merged(tmp_path: Path) -> None:
+    files = "train: &train {source: a, target: b}\n  test: {<<: *train, target: c}"
+    recipe = loaded(tmp_path, f"name: x\ndata:\n  {files}\nmodel: {{}}\n")
+    assert recipe.data.test == FilesOptions(source="a", target="c")
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ('name: "beta"', "beta"),
+        ("name : x", "x"),
+        ("\ufeffname: x", "x"),
+        ("name: modèle", "modèle"),
+        ("name: mode\u0300le", "mode\u0300le"),
+        ("name: हिन्दी.2", "हिन्दी.2"),
+        ("'name': 'a-b_c'  # d", "a-b_c"),
+    ],
+)
+def test_a_name_as_people_write_it(tmp_path: Path, line: str, name: str) -> None:
+    assert loaded(tmp_path, DATES.replace("name: x", line)).name == name
+
+
+@pytest.mark.parametrize("name", ["a b", ".a", "-a", "''", "a/b", "a\u200bb", "a:b"])
+def test_a_name_that_is_no_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match=r"name: got '.*'; allowed: letters, digits and"):
+        loaded(tmp_path, DATES.replace("name: x", f"name: {name}"))
+
+
 # Changes of single keys
+
+
+@pytest.mark.parametrize(
+    ("given", "changes"),
+    [
+        ("", []),
+        (" training.seed=2 ", ["training.seed=2"]),
+        ("training.seed=2  training.epochs=5", ["training.seed=2", "training.epochs=5"]),
+        (
+            "export.shortlist={frequent: 400, candidates: 40} export.weights=int8",
+            ["export.shortlist={frequent: 400, candidates: 40}", "export.weights=int8"],
+        ),
+        ("training.seed = 2\nname = x", ["training.seed = 2", "name = x"]),
+        ("data.folder=/a b/c=d name=e", ["data.folder=/a b/c=d", "name=e"]),
+        ("training.seed=2 nonsense", ["training.seed=2 nonsense"]),
+    ],
+)
+def test_changes_of_several_keys_are_separated(given: str, changes: list[str]) -> None:
+    assert separate(given) == changes
+
+
+def test_text_that_is_said_to_be_there_is(tmp_path: Path) -> None:
+    files = "train: {source: a, target: b}, test: {tsv: c}"
+    path = written(tmp_path, f"name: x\ndata: {{{files}}}\nmodel: {{}}\n")
+    for name in "ab":
+        (tmp_path / name).touch()
+    with pytest.raises(RecipeError, match=r"--data: .*/c: no such file; .* data\.test"):
+        demand_text(load(path, str(tmp_path)))
+    (tmp_path / "c").touch()
+    demand_text(load(path, str(tmp_path)))
+    demand_text(load(written(tmp_path, DATES), str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -301,6 +387,9 @@ def test_a_change_is_held_to_what_is_allowed(tmp_path: Path, change: str, messag
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"none\.yaml: no such recipe file"):
+        load(tmp_path / "none.yaml")
+    written(tmp_path, DATES)
+    with pytest.raises(RecipeError, match=r"none\.yaml: .*; there are: .*/recipe\.yaml"):
         load(tmp_path / "none.yaml")
     with pytest.raises(RecipeError, match=r"cannot be read: .*directory"):
         load(tmp_path)

@@ -23,7 +23,7 @@ import training.train
 from training import checkpoint
 from training.evaluate import evaluate
 from training.recipe import load
-from training.run import RunError, only_writer
+from training.run import LOCK, RunError, only_writer
 from training.signals import Interrupted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -252,11 +252,11 @@ def test_only_one_process_trains_in_a_folder(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.train.only_writer", functools.partial(only_writer, patience=0))
-    with only_writer(tiny.run), pytest.raises(RunError, match="another process trains there"):
+    with only_writer(tiny.run.root, "evaluate"), pytest.raises(RunError, match="works there"):
         tiny.train()
     assert not tiny.run.checkpoints[0].exists()
     tiny.train()
-    assert not tiny.run.lock.exists()
+    assert not (tiny.run.root / LOCK).exists()
 
 
 def test_another_number_of_processes_is_refused_unless_accepted(

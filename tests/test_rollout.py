@@ -248,6 +248,22 @@ def test_training_of_the_version_before_goes_on(former: Former) -> None:
     assert f"best at step {best}" in done.stdout
 
 
+def test_build_makes_all_but_the_weights_again(former: Former) -> None:
+    """Of what that version left, its text not being there."""
+    run = former.folder / "built"
+    shutil.copytree(former.run.root, run)
+    weights = sha256(Run(run).best)
+    arguments = ("build", former.recipe, "--run", run, "--store", former.folder / "built-store")
+    done = run_verb(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+        "evaluate", "export", "archive"
+    ]  # fmt: skip
+    assert sha256(Run(run).best) == weights
+    again = run_verb(*arguments)
+    assert (again.returncode, again.stderr) == (0, "")
+
+
 # Under TorchServe
 
 

@@ -6,24 +6,28 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from handler.fields import read
-from training.recipe import Recipe, load
-from training.run import Run
+from training.recipe import Recipe, demand_text, load, separate
+from training.run import Run, only_writer
 from training.signals import Interrupted
 
 VERBS = {
     "prepare": "clean the text, train the tokenizers, write token files",
     "train": "learn the weights; goes on where a former run stopped",
-    "ensemble": "make a run of several trained ones that translate together",
     "evaluate": "score the best weights on validation and test text",
     "export": "write the best weights as model.pt (TorchScript)",
     "archive": "build the .mar archive for TorchServe",
+    "build": "do those of the five above that are not done for this recipe and its text",
+    "folder": "tell the folder of the run",
+    "ensemble": "make a run of several trained ones that translate together",
     "report": "write report/index.html: curves, scores, attention, translations",
     "translate": "translate standard input to standard output, line by line",
     "distill": "write the training text with a run's translations as its targets, for a student",
     "diversify": "train teachers of both directions; write their translations and the text as one",
 }
+STAGES = ("prepare", "train", "evaluate", "export", "archive")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,16 +39,21 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--data", help="folder of the text; instead of the recipe's data.folder")
         verb.add_argument("--run", type=Path, help="folder of the run (default: runs/NAME)")
         verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes",
-                          help="change one key of the recipe, such as training.seed=2")
-        if name == "train":
+                          help="change keys of the recipe, such as training.seed=2")
+        if name in ("prepare", "train", "build"):
             verb.add_argument("--fresh", action="store_true", help="begin anew")
+        if name in ("train", "build"):
             verb.add_argument("--accept-changes", action="store_true",
                               help="go on though the recipe's section training, or the number of "
                                    "processes, has changed")
-            verb.add_argument("--dry-run", action="store_true",
-                              help="only tell parameters, memory and time; needs no data")
             verb.add_argument("--wandb", action="store_true",
                               help="show figures in Weights & Biases too")
+        if name == "train":
+            verb.add_argument("--dry-run", action="store_true",
+                              help="only tell parameters, memory and time; needs no data")
+        if name == "build":
+            verb.add_argument("--until", choices=STAGES, default=STAGES[-1],
+                              help=f"the last stage (default: {STAGES[-1]})")
         if name == "translate":
             verb.add_argument("--options", default="{}", metavar="JSON",
                               help="options of the REST API, such as '{\"beam_size\": 5}'")
@@ -54,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("--members", type=Path, nargs="+", required=True, metavar="RUN",
                               help="folders of trained runs, such as runs/a runs/b")
         if name == "distill":
-            verb.add_argument("--out", type=Path, required=True, help="folder for the text")
+            verb.add_argument("--out", type=Path,
+                              help="folder for the text (default: distilled in the run's folder)")
             verb.add_argument("--beam-size", type=int, default=5, help="default: 5")
             verb.add_argument("--interpolate", action="store_true",
                               help="of each beam take what is most like the reference")
@@ -63,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
             verb.add_argument("--backward", type=int, default=1,
                               help="teachers that translate targets to sources; default: 1")
             verb.add_argument("--beam-size", type=int, default=5, help="default: 5")
-        if name == "export":
+        if name in ("export", "archive"):
             verb.add_argument("--weights", help="float32 or int8; instead of export.weights")
-        if name == "archive":
+        if name in ("archive", "build"):
             verb.add_argument("--store", type=Path, default=Path("model-store"),
                               help="folder of the archive (default: model-store)")
     return top
@@ -77,7 +87,10 @@ def main() -> int:
     try:
         if getattr(arguments, "weights", None):
             arguments.changes.append(f"export.weights={arguments.weights}")
-        recipe = load(arguments.recipe, arguments.data, arguments.changes)
+        changes = [one for given in arguments.changes for one in separate(given)]
+        recipe = load(arguments.recipe, arguments.data, changes)
+        if arguments.data is not None:
+            demand_text(recipe)
         return carry_out(arguments, recipe, Run(arguments.run or Path("runs") / recipe.name))
     except BrokenPipeError:
         # Whoever read the output has left. Python would fail again when it flushes at its end.
@@ -97,55 +110,41 @@ def main() -> int:
 
 def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
     """One verb. Imports are made here, so that help and mistakes are answered at once."""
-    if arguments.verb == "prepare":
-        from training.prepare import prepare
+    if arguments.verb == "folder":
+        print(run.root)
+    elif arguments.verb == "build":
+        from training.stages import build
 
-        print(prepare(recipe, run.root).table())
-    elif arguments.verb == "train":
-        if arguments.dry_run:
-            from training.dry_run import dry_run
-
-            print(dry_run(recipe, run))
-            return 0
-        from training.train import train
-
-        progress = train(recipe, run, arguments.fresh, arguments.accept_changes, arguments.wandb)
-        print(f"finished at step {progress.step}: {progress.finished}; best at step "
-              f"{progress.best_step}")
+        build(recipe, run, arguments.until, stage_options(arguments))
+    elif arguments.verb in STAGES:
+        return one_stage(arguments, recipe, run)
     elif arguments.verb == "ensemble":
         from training.ensemble import ensemble
 
-        members = ensemble(recipe, run, [Run(path) for path in arguments.members])
+        run.root.mkdir(parents=True, exist_ok=True)
+        with only_writer(run.root, "ensemble"):
+            members = ensemble(recipe, run, [Run(path) for path in arguments.members])
         print(f"{run.root}: an ensemble of {members}")
     elif arguments.verb == "distill":
         from training.distill import DistillOptions, distill
 
+        out = arguments.out or run.root / "distilled"
         given = {"beam_size": arguments.beam_size, "interpolate": arguments.interpolate}
         asked = read(DistillOptions, given)
-        print(distill(recipe, run, arguments.out, asked))
+        run.demand(run.summary, "train")
+        out.mkdir(parents=True, exist_ok=True)
+        with only_writer(out, "distill"):
+            print(distill(recipe, run, out, asked))
     elif arguments.verb == "diversify":
         from training.diversify import DiversifyOptions, diversify
 
         names = ("forward", "backward", "beam_size")
-        given = {name: getattr(arguments, name) for name in names}
-        texts = diversify(recipe, run.root, read(DiversifyOptions, given))
+        asked_of = read(DiversifyOptions, {name: getattr(arguments, name) for name in names})
+        run.root.mkdir(parents=True, exist_ok=True)
+        with only_writer(run.root, "diversify"):
+            texts = diversify(recipe, run.root, asked_of)
         print(f"{run.root / 'recipe.yaml'}: the text {texts} times, for a student")
-    elif arguments.verb == "evaluate":
-        from training.evaluate import evaluate
-
-        for name, scores in evaluate(recipe, run).items():
-            print(f"{name}: {scores}")
-    elif arguments.verb == "export":
-        from training.export import export
-
-        path = export(recipe, run)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    elif arguments.verb == "archive":
-        from training.archive import archive
-
-        path = archive(recipe, run, arguments.store)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
-    elif arguments.verb == "report":
+    elif arguments.verb == "report":  # without the lock: also of a run that is still training
         from training.report import report
 
         print(report(recipe, run))
@@ -157,6 +156,33 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
         options = options_of(arguments.options)
         translate(recipe, run, sys.stdin.buffer, sys.stdout, options, arguments.json)
     return 0
+
+
+def one_stage(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
+    """The verb of one stage, whatever is done before it."""
+    if getattr(arguments, "dry_run", False):
+        from training.dry_run import dry_run
+
+        print(dry_run(recipe, run))
+        return 0
+    from training.stages import missing, perform, writing
+
+    options = stage_options(arguments)
+    with writing(arguments.verb, run):
+        reasons = arguments.verb != "prepare" or missing("prepare", recipe, run, options)
+        if reasons or options.fresh:
+            perform(arguments.verb, recipe, run, options)
+        else:  # it may not come out the same under a later version of this program
+            print(f"{run.data}: is prepared already; --fresh prepares it anew")
+    return 0
+
+
+def stage_options(arguments: argparse.Namespace) -> Any:
+    """The `StageOptions` that a verb has."""
+    from training.stages import StageOptions
+
+    names = ("fresh", "accept_changes", "wandb", "store")
+    return StageOptions(**{one: getattr(arguments, one) for one in names if one in arguments})
 
 
 if __name__ == "__main__":

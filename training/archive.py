@@ -4,6 +4,7 @@ The archive needs nothing beside it but a TorchServe 0.12 with torch and sentenc
 inputs give the same bytes: entries are sorted, and carry no time of building.
 """
 
+import filecmp
 import json
 import os
 import shutil
@@ -11,14 +12,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from handler.integrity import sha256, write_digests
-from training.export import exported, library
+from handler.integrity import DIGESTS, sha256, write_digests
+from training.export import demand_own, exported, library
 from training.recipe import Recipe
-from training.run import Run, RunError, write_atomically, write_text
+from training.run import Run, RunError, only_writer, write_atomically, write_text
 
 PACKAGE = Path(__file__).resolve().parent.parent / "handler"
 HANDLER = PACKAGE / "seq2seq_handler.py"
@@ -33,14 +35,18 @@ def archive(recipe: Recipe, run: Run, store: Path) -> Path:
     """Build `store`/seq2seq.mar, and seq2seq.mar.sha256 beside it.
 
     Raises:
-        RunError: nothing exported yet, what was exported is spoilt, or the archiver's own
-            complaint.
+        RunError: nothing exported yet, what was exported is spoilt or of another recipe or text, or
+            the archiver's own complaint.
     """
-    exported(run, torch.device("cpu"))
+    demand_own(exported(run, torch.device("cpu")), recipe, run)
     built = store / f"{NAME}.mar"
     with tempfile.TemporaryDirectory(prefix="seq2serve-") as folder:
         staging, out = Path(folder, "content"), Path(folder, "out")
-        stage(run, staging)
+        for name, path in contents(run).items():
+            place = staging / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+        write_digests(staging)
         out.mkdir()
         pack(recipe, staging, out, Path(folder))
         write_atomically(built, lambda temporary: repack(out / built.name, temporary))
@@ -48,17 +54,48 @@ def archive(recipe: Recipe, run: Run, store: Path) -> Path:
     return built
 
 
-def stage(run: Run, staging: Path) -> None:
-    """Everything that goes into the archive, in one folder, with its digests."""
-    skipped = shutil.ignore_patterns("__pycache__", HANDLER.name, CONFIG.name)
-    shutil.copytree(PACKAGE, staging / "handler", ignore=skipped)
-    for path in (HANDLER, CONFIG, run.model):
-        shutil.copy(path, staging)
-    if library(run).exists():
-        shutil.copy(library(run), staging)
-    for side in ("source", "target"):
-        shutil.copy(run.tokenizer / f"{side}.model", staging)
-    write_digests(staging)
+def contents(run: Run) -> dict[str, Path]:
+    """Everything that goes into the archive, by its name there."""
+    skipped = (HANDLER.name, CONFIG.name)
+    files = {
+        f"handler/{path.relative_to(PACKAGE).as_posix()}": path
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.name not in skipped
+    }
+    models = [run.tokenizer / f"{side}.model" for side in ("source", "target")]
+    natives = [library(run)] if library(run).exists() else []
+    return files | {path.name: path for path in (HANDLER, CONFIG, run.model, *natives, *models)}
+
+
+def archived(recipe: Recipe, run: Run, built: Path) -> bool:
+    """Whether `built` is the archive of `recipe` and of what is in `run` now, and is whole."""
+    told = built.with_name(f"{built.name}.sha256")
+    try:
+        if told.read_text("utf-8") != f"{sha256(built)}  {built.name}\n":
+            return False
+        with zipfile.ZipFile(built) as content:
+            digests = json.loads(content.read(DIGESTS))
+            version = json.loads(content.read(MANIFEST))["model"]["modelVersion"]
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return False
+    now = {name: sha256(path) for name, path in contents(run).items()}
+    return bool(digests == now and version == recipe.export.version)
+
+
+def deliver(built: Path, store: Path) -> bool:
+    """Put an archive into the store that is served; whether it was not there already."""
+    store.mkdir(parents=True, exist_ok=True)
+    with only_writer(store, "archive"):
+        given = [built, built.with_name(f"{built.name}.sha256")]
+        if all(same(path, store / path.name) for path in given):
+            return False
+        for path in given:
+            write_atomically(store / path.name, partial(shutil.copyfile, path))
+    return True
+
+
+def same(one: Path, other: Path) -> bool:
+    return other.exists() and filecmp.cmp(one, other, shallow=False)
 
 
 def pack(recipe: Recipe, staging: Path, out: Path, temporary: Path) -> None:

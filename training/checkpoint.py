@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +113,47 @@ def prepared(recipe: Recipe, run: Run) -> dict[str, Any]:
         RunError: nothing there, made by another recipe, or changed since.
     """
     report = run.read_json(run.report, "prepare")
-    changed = differences(report["recipe"], recipe, PREPARED)
+    changed = prepared_otherwise(report, recipe)
     if changed:
         raise RunError(
             f"{run.data} was prepared otherwise: {'; '.join(changed)}. Change that back, or run "
             "'python -m training prepare' again"
         )
-    digests = dict(report["sha256"])
+    if spoilt := not_as_prepared(report, run):
+        raise RunError(
+            f"{spoilt}: not what 'prepare' wrote; run 'python -m training prepare' again"
+        )
+    return dict(report["sha256"])
+
+
+def prepared_otherwise(report: dict[str, Any], recipe: Recipe) -> list[str]:
+    """What of the recipe and of its text is not as `prepare` read it, whose report this is."""
+    changed = differences(report["recipe"], recipe, PREPARED)
+    return changed + changed_text(report["sha256"]["text"], recipe)
+
+
+def not_as_prepared(report: dict[str, Any], run: Run) -> Path | None:
+    """The first file that `prepare` wrote and that has changed since."""
     for part, folder in (("tokenizer", run.tokenizer), ("data", run.data)):
-        for name, digest in digests[part].items():
+        for name, digest in report["sha256"][part].items():
             if not (folder / name).exists() or sha256(folder / name) != digest:
-                raise RunError(
-                    f"{folder / name}: not what 'prepare' wrote; run 'python -m training prepare' "
-                    "again"
-                )
-    return digests
+                return folder / name
+    return None
+
+
+def changed_text(then: dict[str, dict[str, str]], recipe: Recipe) -> list[str]:
+    """The files of text that have changed.
+
+    What is not there is not compared: a run may be copied to where its text is not.
+
+    Args:
+        then: their digests, by set and name, as report.json has them.
+    """
+    return [
+        f"{path}: the text of data.{name} has changed"
+        for name, file, path in recipe.data.texts()
+        if (digest := then.get(name, {}).get(file)) and path.exists() and sha256(path) != digest
+    ]
 
 
 def load_own(
@@ -185,22 +211,46 @@ def newest(
 
 def differences(then: dict[str, Any], recipe: Recipe, sections: tuple[str, ...]) -> list[str]:
     """What of `sections` differs from a recipe stored as a mapping."""
-    now = recipe.as_dict()
     return [
-        f"{section}.{key}: {then[section].get(key)!r} -> {value!r}"
+        f"{section}.{key}: {former!r} -> {value!r}"
         for section in sections
-        for key, value in now[section].items()
-        if (section, key) not in MOVABLE and then[section].get(key) != value
+        for key, (former, value) in unlike(
+            section, then.get(section, {}), getattr(recipe, section)
+        ).items()
     ]
+
+
+def unlike(section: str, then: dict[str, Any], options: Any) -> dict[str, tuple[Any, Any]]:
+    """The values of a section of a stored recipe that are others now: before, and now."""
+    now, held = asdict(options), completed(then, options)
+    return {
+        key: (held[key], now[key])
+        for key in now
+        if (section, key) not in MOVABLE and held[key] != now[key]
+    }
+
+
+def completed(then: dict[str, Any], options: Any) -> dict[str, Any]:
+    """Stored options with a value for each that they lack, as they are older than it: what the
+    program did before there was the option. That is its default, or `before` in its metadata.
+
+    Args:
+        options: the same ones of today, which tell what there is.
+    """
+    held = {}
+    for one in fields(options):
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        former = then.get(one.name, one.metadata.get("before", default))
+        now = getattr(options, one.name)
+        if isinstance(former, dict) and is_dataclass(now):
+            former = completed(former, now)
+        held[one.name] = former
+    return held
 
 
 def restore(held: dict[str, Any], learner: Learner) -> Progress:
     """Put a checkpoint's state into `learner`, as far as it means the same under its options."""
-    then, now = held["recipe"]["training"], asdict(learner.options)
-    changed = {
-        key for key in now
-        if ("training", key) not in MOVABLE and then.get(key) != now[key]
-    }  # fmt: skip
+    changed = unlike("training", held["recipe"]["training"], learner.options)
     learner.network.load_state_dict(held["network"])
     if "optimizer" not in changed:
         learner.optimizer.load_state_dict(held["optimizer"])

@@ -36,6 +36,7 @@ from training.evaluate import Origin, best_model
 from training.prepare import GIVEN
 from training.recipe import Recipe, ScoringOptions
 from training.run import (
+    LOCK,
     Run,
     RunError,
     whole_json,
@@ -172,7 +173,7 @@ def claim(former: Path, made: dict[str, Any]) -> None:
                 f"{folder}: {'; '.join(sorted(changed))}; allowed: the same as it was begun with, "
                 "or another folder with --out"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise RunError(f"{folder}: holds other files; allowed: a new folder or an empty one")
     else:
         write_json(former, made)

@@ -123,11 +123,35 @@ def evaluate(recipe: Recipe, run: Run) -> dict[str, Scores]:
         run.scores,
         {
             "step": origin.step,
+            "made_by": made_by(recipe, origin),
             "validation_perplexity": validation_perplexity,
             **{name: asdict(one) for name, one in scores.items()},
         },
     )
     return scores
+
+
+def made_by(recipe: Recipe, origin: Origin) -> dict[str, Any]:
+    """All that scores depend on; a checkpoint names its data and tokenizers itself."""
+    return {
+        "weights": [one.sha256 for one in origin.members],
+        "max_target_length": recipe.export.max_target_length,
+        "scoring": asdict(recipe.scoring),
+    }
+
+
+def scored_otherwise(scores: dict[str, Any], recipe: Recipe, origin: Origin) -> list[str]:
+    """What of `made_by` is not as it was when `scores` were made; nothing where they do not tell
+    it, as those of the first versions."""
+    then, now = scores.get("made_by"), made_by(recipe, origin)
+    if then is None:
+        return []
+    changed = [] if then["weights"] == now["weights"] else ["the weights are others now"]
+    if then["max_target_length"] != now["max_target_length"]:
+        changed.append(
+            f"export.max_target_length: {then['max_target_length']} -> {now['max_target_length']}"
+        )
+    return changed + checkpoint.differences(then, recipe, ("scoring",))
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import json
 import platform
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from model.native import NoCompiler, build
 from model.quantized import quantized
 from model.serving import scripted
 from model.shortlist import Shortlist
-from training.evaluate import Origin, best_model
+from training import checkpoint
+from training.evaluate import Origin, best_model, scored_otherwise
 from training.lexicon import shortlist
 from training.recipe import Recipe
 from training.run import Run, RunError, write_atomically
 from training.tokens import TokenPairs
 from training.train import tokenizers
 
+# Of a recipe, as a model's card tells them.
+SECTIONS = tuple(one.name for one in fields(Recipe) if one.name != "name")
 LIBRARIES = Path(__file__).parent.parent / "build" / "native"
 
 
@@ -34,12 +38,18 @@ def export(recipe: Recipe, run: Run) -> Path:
     int8 weights lies the library that makes it fast, where this machine can compile it.
 
     Raises:
-        RunError: nothing trained yet, a shortlist for an ensemble, or a file that decodes
-            otherwise.
+        RunError: nothing trained yet, scores of other weights or options, a shortlist for an
+            ensemble, or a file that decodes otherwise.
     """
     run.demand(run.summary, "train")
     model: Any
     model, origin = best_model(recipe, run)
+    scores = run.read_json(run.scores, "evaluate")
+    if changed := scored_otherwise(scores, recipe, origin):
+        raise RunError(
+            f"{run.scores}: was made otherwise: {'; '.join(changed)}. Change that back, or run "
+            "'python -m training evaluate' again"
+        )
     library(run).unlink(missing_ok=True)
     if recipe.export.weights == "int8":
         model = quantized(model, shortlist_of(recipe, run))
@@ -112,6 +122,49 @@ def exported(run: Run, device: torch.device) -> Any:
             "train with --fresh, evaluate and export again"
         )
     return model
+
+
+def exported_otherwise(
+    card: dict[str, Any], recipe: Recipe, sections: tuple[str, ...] = SECTIONS
+) -> list[str]:
+    """What of `sections` of the recipe, and of its text, is not what a model was made by, as its
+    card tells. The card of an ensemble leaves out what its members may differ in."""
+    then = card["recipe"]
+    changed = checkpoint.differences(then, recipe, tuple(one for one in sections if one in then))
+    if sections == SECTIONS and card["name"] != recipe.name:
+        changed.append(f"name: {card['name']!r} -> {recipe.name!r}")
+    return changed + checkpoint.changed_text(card["data_digests"]["text"], recipe)
+
+
+def outdated(recipe: Recipe, run: Run) -> list[str]:
+    """Why what was exported has to be exported again; nothing where it need not.
+
+    Raises:
+        RunError: see `best_model`.
+    """
+    try:
+        told = json.loads(exported(run, torch.device("cpu")).card)
+    except ValueError as error:  # not whole, of other tokenizers, or of an unknown format
+        return [str(error)]
+    now = json.loads(json.dumps(card(recipe, run, best_model(recipe, run)[1])))
+    made_of = ("step", "members", "data_digests", "scores")
+    return exported_otherwise(told, recipe) + [
+        f"{key} of its card: changed since" for key in made_of if told.get(key) != now.get(key)
+    ]
+
+
+def demand_own(model: Any, recipe: Recipe, run: Run, sections: tuple[str, ...] = SECTIONS) -> None:
+    """Whether the model that was exported is that of `recipe`.
+
+    Raises:
+        RunError: other values in `sections`, or other text; the message names them.
+    """
+    if changed := exported_otherwise(json.loads(model.card), recipe, sections):
+        raise RunError(
+            f"{run.model} was exported otherwise: {'; '.join(changed)}. Change that back, choose "
+            "another folder with --run (make: RUN=), or make again what depends on it with "
+            "'python -m training build' (make mar)"
+        )
 
 
 def card(recipe: Recipe, run: Run, origin: Origin) -> dict[str, Any]:

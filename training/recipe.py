@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,22 @@ class RecipeError(ValueError):
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Knows the numbers of YAML 1.2, too: PyYAML, which reads 1.1, takes 1e-3 for a string."""
+    """Knows the numbers of YAML 1.2, too: PyYAML, which reads 1.1, takes 1e-3 for a string. A key
+    that is there twice is an error, as in YAML itself: PyYAML takes the last one in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Not where keys become a dictionary: there, merge keys (<<) may have added the same ones.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # a list or a mapping, which no option is called
+            here = key.start_mark.line + 1
+            if (first := lines.get((key.tag, key.value))) is not None:
+                raise ValueError(f"{key.value!r} is in line {first} and again in line {here}; "
+                                 "allowed: once")  # fmt: skip
+            lines[key.tag, key.value] = here
+        return node
 
 
 RecipeLoader.add_implicit_resolver(
@@ -79,6 +95,16 @@ class DataOptions:
                 f"generator, train: got {self.generator!r} and "
                 f"{'no files' if self.train is None else 'files'}; allowed: one of the two"
             )
+
+    def texts(self) -> list[tuple[str, str, Path]]:
+        """Each file of text: its set, its name in the recipe, where it is."""
+        given = {"train": self.train, "validation": self.validation, "test": self.test}
+        return [
+            (name, file, Path(self.folder or ".", file))
+            for name, files in given.items()
+            if files is not None
+            for file in files.paths()
+        ]
 
 
 @dataclass(frozen=True)
@@ -221,7 +247,9 @@ class Recipe:
     export: ExportOptions = ExportOptions()
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
+        if self.name[:1] in ("", ".", "-") or not all(
+            c in "._-" or unicodedata.category(c)[0] in "LMN" for c in self.name
+        ):
             raise ValueError(
                 f"name: got {self.name!r}; allowed: letters, digits and '._-', not '.' or '-' first"
             )
@@ -249,7 +277,9 @@ def load(path: Path, folder: str | None = None, changes: Sequence[str] = ()) -> 
     try:
         given = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file") from None
+        others = ", ".join(map(str, sorted(path.parent.glob("*.yaml"))))
+        there = f"; there are: {others}" if others else ""
+        raise RecipeError(f"{path}: no such recipe file{there}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: 2001-13-45, which is no date
@@ -263,6 +293,24 @@ def load(path: Path, folder: str | None = None, changes: Sequence[str] = ()) -> 
     base = Path(folder) if folder is not None else path.parent / (recipe.data.folder or ".")
     absolute = os.path.abspath(base)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, folder=absolute))
+
+
+def demand_text(recipe: Recipe) -> None:
+    """Whether the text is where it was said to be.
+
+    Raises:
+        RecipeError: a file of it is not there.
+    """
+    for name, _, path in recipe.data.texts():
+        if not path.exists():
+            raise RecipeError(f"--data: {path}: no such file; the recipe names it in data.{name}")
+
+
+def separate(changes: str) -> list[str]:
+    """The changes of several keys in one string, separated by white space, as make's SET has them:
+    `training.seed=2 export.shortlist={frequent: 400, candidates: 40}`. A value may have spaces, but
+    nothing in it that looks like the next key with its `=`."""
+    return re.split(r"\s+(?=[^\W\d][\w.]*\s*=)", changes.strip()) if changes.strip() else []
 
 
 def changed(given: Any, change: str) -> Any:

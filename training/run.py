@@ -1,16 +1,20 @@
 """The folder of a run: what each verb leaves for the next, and how files are written to it."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+LOCK = ".lock"  # in a folder that a verb writes; see `only_writer`
 PATIENCE = 120.0  # seconds; a file server holds the locks of a node that it lost for 90 (NFS 4)
 
 
@@ -74,10 +78,6 @@ class Run:
     def model(self) -> Path:
         return self.root / "model.pt"  # written by `export`
 
-    @property
-    def lock(self) -> Path:
-        return self.root / ".lock"  # there while `train` writes; see `only_writer`
-
     def read_json(self, path: Path, verb: str) -> Any:
         """What `verb` left in `path`.
 
@@ -93,46 +93,69 @@ class Run:
 
 
 @contextmanager
-def only_writer(run: Run, patience: float = PATIENCE) -> Iterator[None]:
-    """Keep other processes from training in the folder of `run`. The lock ends with this process,
-    however that ends.
+def only_writer(folder: Path, doing: str, patience: float = PATIENCE) -> Iterator[None]:
+    """Keep other processes from writing in `folder`, which is there. The lock ends with this
+    process, however that ends.
 
     Args:
+        doing: the verb, for those who have to wait.
         patience: seconds to wait for another process.
 
     Raises:
-        RunError: another process has it; or nothing is prepared.
+        RunError: another process has it; the message says which.
     """
-    run.demand(run.report, "prepare")
-    deadline = time.monotonic() + patience
-    while (file := claimed(run.lock)) is None:
+    path = folder / LOCK
+    deadline, told = time.monotonic() + patience, False
+    while (file := claimed(path)) is None:
+        holder = owner(path)
         if time.monotonic() >= deadline:
             raise RunError(
-                f"{run.root}: another process trains there; wait until it has ended, or choose "
-                "another folder with --run"
+                f"{folder}: {holder} works there; wait until that has ended, or choose another "
+                "folder with --run (make: RUN=)"
             )
+        if not told:
+            print(f"{doing}: {folder}: waiting for {holder}", file=sys.stderr, flush=True)
+            told = True
         time.sleep(0.2)
     try:
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            file.write(f"'{doing}', process {os.getpid()} of {socket.gethostname()}")
+            file.flush()
         yield
     finally:
-        run.lock.unlink(missing_ok=True)
+        if file.name != os.devnull:
+            path.unlink(missing_ok=True)
         file.close()
 
 
 def claimed(path: Path) -> IO[str] | None:
-    """The locked file at `path`; None where another process has it."""
-    file = path.open("a")
+    """The locked file at `path`, empty; None where another process has it."""
+    try:
+        file = path.open("a")
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        return open(os.devnull, "a")  # whoever may not make it cannot write beside it either
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mine = os.path.samefile(path, file.fileno())
     except (BlockingIOError, FileNotFoundError):  # the latter: its owner ended just now
         mine = False
-    except OSError:  # a file system without locks, which is no reason not to train
+    except OSError:  # a file system without locks, which is no reason not to work there
         mine = True
     if mine:
+        file.truncate(0)
         return file
     file.close()
     return None
+
+
+def owner(path: Path) -> str:
+    """What the process that has the lock at `path` says of itself."""
+    try:
+        return path.read_text(encoding="utf-8") or "another process"
+    except (OSError, UnicodeDecodeError):
+        return "another process"
 
 
 def whole_json(path: Path, advice: str) -> Any:

@@ -98,10 +98,11 @@ def train(
         raise RunError(
             f"{run.root}: is an ensemble; train its members, or choose another folder with --run"
         )
+    run.demand(run.report, "prepare")
     gpu = choose_device(recipe.training).type == "cuda"
     with (
         processes(gpu) as all_processes,
-        only_writer(run) if all_processes.first else nullcontext(),
+        only_writer(run.root, "train") if all_processes.first else nullcontext(),
     ):
         code = None
         try:

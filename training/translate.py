@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from handler.fields import FieldError, read
 from handler.request import RequestOptions
-from training.export import exported
+from training.checkpoint import DECISIVE
+from training.export import demand_own, exported
 from training.lines import LineError, translations
 from training.recipe import Recipe
 from training.run import Run
@@ -48,10 +49,12 @@ def translate(
             the text of the best.
 
     Raises:
-        ValueError: a line that cannot be translated, by number; lines before it are written.
+        ValueError: a model of another recipe or text; a line that cannot be translated, by number:
+            lines before it are written.
     """
     device = choose_device(recipe.training)
     model = exported(run, device)
+    demand_own(model, recipe, run, DECISIVE)
     source, target = tokenizers(run)
     bar = tqdm(unit="line", disable=not sys.stderr.isatty() or out.isatty())
     count = 0
