@@ -38,6 +38,13 @@ class Int8Cell(nn.Module):
         return gated(self.gates.plain(torch.cat([x, h], 1)), c)
 
     @torch.jit.export
+    def parts(self) -> list[Tensor]:
+        """See `QuantizedModel.parts`: the table, empty where not folded, and what `gates` pack."""
+        found = [self.table]
+        found += self.gates.packed
+        return found
+
+    @torch.jit.export
     def pack(self, native: bool, words: Tensor) -> None:
         if self.input is not None and self.table.numel() == 0:
             self.table = self.input.table(words, native)

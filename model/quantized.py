@@ -203,6 +203,10 @@ class QuantizedModel(nn.Module):
         never = [self.pad_id, self.unk_id, self.bos_id]  # no text has them
         self.generator.bias[never] = float("-inf")
         self.rows = torch.empty(0, dtype=torch.int8)  # the generator, channel by channel
+        # Whether all that `best` does is in C++ once it is packed.
+        self.native_whole = all(isinstance(one.norm, nn.Identity) for one in self.after) and (
+            self.readout is None or self.readout.score is None
+        )
         self.eval()
 
     @torch.jit.export
@@ -289,6 +293,32 @@ class QuantizedModel(nn.Module):
         if normalised:
             normaliser = normaliser.view(n, k)
         return values.view(n, k, -1), tokens.view(n, k, -1), normaliser, state, weights
+
+    @torch.jit.export
+    def parts(self) -> tuple[list[Tensor], list[int]]:
+        """What `seq2serve::decode` (model/native/decode.cpp) needs to make steps of `best` itself,
+        in the order in which it reads them; nothing where it cannot."""
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
+        if not self.fused or not self.native_whole:
+            return tensors, numbers
+        numbers += [len(self.cells), int(self.embeds)]
+        if self.embeds:
+            tensors += [self.embedding.rows, self.embedding.scale]
+        for cell, after in zip(self.cells, self.after):
+            numbers.append(int(after.residual))  # type: ignore[arg-type]
+            tensors += cell.parts()  # type: ignore[operator]
+        if self.readout is not None:
+            numbers += [self.readout.heads, self.readout.readout.size]
+            tensors += self.readout.query.packed
+            tensors += self.readout.readout.packed
+        else:
+            numbers.append(0)
+        numbers += [self.target_vocabulary, int(self.shortlisted)]
+        tensors += self.generator.packed
+        if self.shortlist is not None:
+            tensors += [self.rows, self.shortlist.common]
+        return tensors, numbers
 
     @torch.jit.export
     def pack(self, native: bool, onednn: bool) -> None:

@@ -211,6 +211,11 @@ def score_type(state: list[Tensor]) -> torch.dtype:
 
 
 def facts_of(sentences: Sequence[Sentence], clock: int, device: torch.device) -> Tensor:
+    return sent(fact_rows(sentences, clock), device, torch.double)
+
+
+def fact_rows(sentences: Sequence[Sentence], clock: int) -> list[list[float]]:
+    """The `Fact`s of sentences that begin at a clock."""
     rows = []
     for s in sentences:
         o = s.options
@@ -220,7 +225,7 @@ def facts_of(sentences: Sequence[Sentence], clock: int, device: torch.device) ->
             clock, clock + o.min_length, o.n_best, len(s.source), shift, scale, o.length_penalty,
             o.coverage_penalty, longest, NEVER,
         ])  # fmt: skip
-    return sent(rows, device, torch.double)
+    return rows
 
 
 def asked_by(sentences: Sequence[Sentence], device: torch.device) -> list[Tensor]:

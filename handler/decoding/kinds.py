@@ -35,11 +35,13 @@ class Kind(NamedTuple):
     """What the sentences of a lane have in common.
 
     width: K. plain: no option needs all logits, so the best few of each row are enough, and a model
-    or a step that chooses them itself will do.
+    or a step that chooses them itself will do. attends: attention is read, where that takes a lane
+    of its own.
     """
 
     width: int
     plain: bool
+    attends: bool = False
 
     @classmethod
     def of(cls, sentence: Sentence) -> "Kind":

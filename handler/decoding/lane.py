@@ -125,8 +125,17 @@ class Lane:
                     for table, rows in zip(tables, wide)
                 ]
         reserve = reserve.put(places, attended)
-        self.columns, self.attended, self.state, self.stale = columns, reserve, tables, True
+        self.columns, self.attended, self.state = columns, reserve, tables
         self.all_present = width == 1
+        self.seat(sentences, places)
+        for one in sentences:
+            self.due_at.setdefault(self.clock + one.max_length, []).append(one.id)
+            if one.options.min_length:
+                self.min_length_clocks.add(self.clock + one.options.min_length)
+
+    def seat(self, sentences: Sequence[Sentence], places: list[int]) -> None:
+        """Note who begins where: at vacant places first, then behind the last."""
+        reused = min(len(sentences), len(self.vacant))
         del self.vacant[:reused]
         self.sentences += sentences[reused:]
         for place, one in zip(places, sentences):
@@ -134,9 +143,7 @@ class Lane:
             self.place[one.id] = place
             self.began[one.id] = self.clock
             self.tally(one, 1)
-            self.due_at.setdefault(self.clock + one.max_length, []).append(one.id)
-            if one.options.min_length:
-                self.min_length_clocks.add(self.clock + one.options.min_length)
+        self.stale = True
 
     def new(
         self, sentences: Sequence[Sentence], state: list[Tensor], attends: bool, samples: bool
@@ -181,6 +188,10 @@ class Lane:
         ]
         attended = self.attended.close(moves)
         self.columns, self.attended, self.state = columns, attended, state
+        self.reseat(moves)
+
+    def reseat(self, moves: Moves) -> None:
+        """Note who has moved; no place is vacant now."""
         for origin, target in zip(moves.origin, moves.target):
             self.sentences[target] = self.sentences[origin]
             self.place[self.sentences[target].id] = target
@@ -200,6 +211,11 @@ class Lane:
             made = made.clamp(max=room)  # who has left may have been longer
         self.columns = written(columns, self.log, made)
         self.log = []
+
+    def go_on(self, steps: int, until: float) -> list[int]:
+        """Up to `steps` tokens for every sentence, at least one: fewer where one ends, or where
+        the time on `time.monotonic` comes to `until`; the ids of those that have ended."""
+        return self.step()
 
     def step(self) -> list[int]:
         """One token for every sentence; the ids of those that have ended."""

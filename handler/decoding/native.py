@@ -28,6 +28,17 @@ SCHEMAS = {
     "(Tensor, Tensor)",
     "seq2serve::layer": "(Tensor added, Tensor tokens, Tensor table, Tensor lengths, "
     "Tensor[] packed, int size, bool backwards) -> (Tensor, Tensor, Tensor)",
+    # Of lanes (native_lane.py); `board` is `Board.tables`, of which the first `count` are live.
+    "seq2serve::search": "(Tensor values, Tensor tokens, Tensor normaliser, int eos, "
+    "Tensor(a!)[] board, int count) -> int[]",
+    "seq2serve::begin": "(Tensor(a!)[] board, Tensor(b!)[] state, int[] places, float[] facts, "
+    "int[] longest, int bos, Tensor[] first) -> ()",
+    "seq2serve::move": "(Tensor(a!)[] tables, int[] origin, int[] target, int rows) -> ()",
+    "seq2serve::read": "(Tensor[] board, int[] places, int most) -> Tensor[]",
+    "seq2serve::reorder": "(Tensor[] state, Tensor parents) -> Tensor[]",
+    "seq2serve::decode": "(Tensor(a!)[] board, Tensor(b!)[] state, Tensor(c!)[] spare, "
+    "Tensor[] attended, Tensor[] parts, int[] numbers, int eos, int count, bool normalised, "
+    "int steps, float until) -> (int, int[])",
 }
 _kernels = ""  # of the library that this process has loaded
 _declared: dict[str, torch.library.Library] = {}  # by namespace
@@ -42,6 +53,12 @@ def library() -> str:
 def enabled() -> str:
     """The name of the kernels in use, the fastest that this processor has; empty for none."""
     return _kernels
+
+
+def searches() -> bool:
+    """Whether the library has the operators of lanes, which those of former versions have not."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return bool(_kernels) and has("seq2serve::decode", "CompositeExplicitAutograd")
 
 
 def enable(folder: Path) -> str:

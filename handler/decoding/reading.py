@@ -10,7 +10,7 @@ from torch import Tensor
 
 from handler.decoding.columns import Columns, Fact
 from handler.decoding.constraints import NEVER
-from handler.decoding.search import coverage, scored
+from handler.decoding.search import coverage
 from handler.decoding.sentence import NO_TOKEN, NOT_FINITE, Event, Reason, Result, Sentence
 
 
@@ -38,26 +38,31 @@ class Read:
     ) -> None:  # fmt: skip
         self.columns, self.sentences, self.places = columns, sentences, places
         self.made, self.eos = made, eos
-        self.sums: list[list[float]] = columns.scores[places].tolist()
-        self.tokens: list[list[list[int]]] = columns.tokens[places, :, : max(made)].tolist()
-        self.scores = self.sums  # which nobody reads where nothing is scored
-        if any(one.scored for one in sentences):
-            self.scores = self.scored()
+        # These alone may be there already, in this order.
+        everybody = places == [*range(columns.scores.size(0))]
+        self.at = slice(None) if everybody else places
+        self.sums: list[list[float]] = columns.scores[self.at].tolist()
+        self.tokens: list[list[list[int]]] = columns.tokens[self.at, :, : max(made)].tolist()
+        self.covered: list[list[float]] | None = None
+        if columns.attention is not None and any(one.scored for one in sentences):
+            self.covered = self.coverage()
         self.finished: list[list[Any]] | None = None
         if columns.finished is not None:
             of_all = list(vars(columns.finished).values())[:4]
-            self.finished = [table[places].tolist() for table in of_all]
+            self.finished = [table[self.at].tolist() for table in of_all]
 
-    def scored(self) -> list[list[float]]:
-        """Scores of the live hypotheses."""
-        columns, facts = self.columns, self.columns.facts[self.places]
-        length = torch.tensor(self.made, device=facts.device)
-        scores = scored(facts, columns.scores[self.places], length)
-        if columns.attention is not None:
-            source = facts[:, int(Fact.SOURCE)]
-            read = coverage(columns.attention.covered[self.places], source)
-            scores = scores + facts[:, int(Fact.COVERAGE)].unsqueeze(1) * read
-        return scores.tolist()
+    def coverage(self) -> list[list[float]]:
+        """What coverage adds to the scores of the live hypotheses."""
+        columns, facts = self.columns, self.columns.facts[self.at]
+        assert columns.attention is not None
+        read = coverage(columns.attention.covered[self.at], facts[:, int(Fact.SOURCE)])
+        added: list[list[float]] = (facts[:, int(Fact.COVERAGE)].unsqueeze(1) * read).tolist()
+        return added
+
+    def score(self, i: int, k: int) -> float:
+        """Of live hypothesis k."""
+        score = self.sums[i][k] / self.sentences[i].options.length_normaliser(self.made[i])
+        return score if self.covered is None else score + self.covered[i][k]
 
     def event(self, i: int, late: bool) -> Event:
         sentence, best = self.sentences[i], self.sums[i][0]
@@ -96,7 +101,7 @@ class Read:
         attention, place = self.columns.attention, self.places[i]
         origins = None if attention is None else attention.origins[place, k]
         tokens, total = self.tokens[i][k][:length], self.sums[i][k]
-        return self.result(i, tokens, reason, total, self.scores[i][k], origins)
+        return self.result(i, tokens, reason, total, self.score(i, k), origins)
 
     def ended(self, i: int) -> list[Result]:
         """The finished hypotheses that are among the best."""

@@ -6,6 +6,7 @@ happened is returned, each sentence's end once.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from handler.decoding import native
 from handler.decoding.columns import LEAST_ROOM
 from handler.decoding.failures import guarded
 from handler.decoding.kinds import Kind, Vocabulary
 from handler.decoding.lane import Lane
 from handler.decoding.model import encode_batch
+from handler.decoding.native_lane import NativeLane, Network
 from handler.decoding.rows import sent
 from handler.decoding.scheduler import ENCODED_AHEAD, Plan, Report
 from handler.decoding.sentence import Event, Sentence
@@ -45,6 +48,9 @@ class Runner:
         self.device = device
         self.clock = clock
         self.vocabulary = Vocabulary.of(model, device)
+        # Whether searches of models that choose tokens themselves are native.
+        self.native = native.searches() and self.vocabulary.fused
+        self.network = Network.of(model) if self.native else None
         self.lanes: dict[Kind, Lane] = {}
         self.lane_of: dict[int, Lane] = {}  # by id, of sentences in rows
         self.encoded: dict[int, tuple[Encoded, int]] = {}  # batch and place, of those in none
@@ -142,18 +148,26 @@ class Runner:
         made = 0
         self.rest()
         while made < steps and self.lane_of and not events:
-            for lane in list(self.lanes.values()):
-                events += self.step(lane)
-            made += 1
+            lanes = list(self.lanes.values())
+            most = self.at_once(steps - made, until) if len(lanes) == 1 else 1
+            before = lanes[0].clock
+            for lane in lanes:
+                events += self.step(lane, most, until)
+            made += max(1, lanes[0].clock - before)
             if self.clock() >= until:
                 break
         return Report(made, [one for one in began if one in self.lane_of], events)
 
-    def step(self, lane: Lane) -> list[Event]:
-        """One token of every sentence of a lane; what ended with it."""
-        return self.go(lane, lane.step)
+    def at_once(self, steps: int, until: float) -> int:
+        """Steps that a lane, where it is the only one, may make without the clock being read here;
+        it can read that itself which counts seconds as the system does."""
+        return steps if until == math.inf or self.clock is time.monotonic else 1
 
-    def go(self, lane: Any, work: Callable[..., list[int]], *arguments: int) -> list[Event]:
+    def step(self, lane: Lane, steps: int = 1, until: float = math.inf) -> list[Event]:
+        """One token of every sentence of a lane, or a few; what ended with the last."""
+        return self.go(lane, lane.go_on, steps, until)
+
+    def go(self, lane: Any, work: Callable[..., list[int]], *arguments: float) -> list[Event]:
         """Let a lane work; the events of those that have ended, whose ids `work` returns."""
         ids, errors = guarded(lane.place, work, *arguments)
         if ids is None:
@@ -172,10 +186,17 @@ class Runner:
     def kind_of(self, sentence: Sentence) -> Kind:
         """The kind of lane that a sentence belongs in."""
         kind = Kind.of(sentence)
-        return kind if self.vocabulary.fused else kind._replace(plain=False)
+        if not self.vocabulary.fused:
+            return kind._replace(plain=False)
+        attends = self.native and kind.plain and sentence.options.reads_attention
+        return kind._replace(attends=attends)
 
     def lane_for(self, kind: Kind) -> Any:
-        return self.lanes.get(kind) or Lane(self.model, self.vocabulary, kind, self.memory)
+        if kind in self.lanes:
+            return self.lanes[kind]
+        if self.native and kind.plain and not kind.attends:
+            return NativeLane(self.model, self.vocabulary, kind, self.memory, self.network)
+        return Lane(self.model, self.vocabulary, kind, self.memory)
 
     @torch.inference_mode()
     def largest_memory(self, rows: int) -> int:

@@ -33,6 +33,16 @@ class Board:
         board: Board = mapped(lambda table, _: table[:count], self, self)
         return board
 
+    @classmethod
+    def of(cls, tables: list[Tensor]) -> "Board":
+        """Of `tables`, in their order."""
+        facts, longest, made, over, previous, scores, parents, said = tables[:8]
+        finished = None
+        if len(tables) > 8:
+            finished = Finished(tables[8], tables[9], tables[10], tables[11], said[:, :, :0])
+        columns = Columns(facts, previous, scores, parents, said, [], finished, None, None)
+        return cls(columns, made, longest, over)
+
     def tables(self) -> list[Tensor]:
         """In the order that `advance` takes them."""
         c = self.columns

@@ -24,7 +24,10 @@ FLAGS = {
     "avx512": AVX512,
     "amx": (*AVX512, "-mamx-tile", "-mamx-int8"),
     "dispatch": (),
+    "search": (),
     "operators": (),
+    "lanes": (),
+    "decode": (),
 }
 MACHINES = ("x86_64", "amd64")
 

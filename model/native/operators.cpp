@@ -1,110 +1,22 @@
 // The kernels as operators of TorchScript. Each is one parallel region; scratch belongs to the
 // thread that calls, so any number of models and threads may be at work.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <atomic>
-#include <limits>
 #include <numeric>
 #include <string>
 #include <tuple>
-#include <vector>
 
-#include "kernels.h"
+#include "compute.h"
 
 namespace {
 
-using seq2serve::Best;
-using seq2serve::CellRow;
-using seq2serve::Kernels;
-using seq2serve::Quantized;
-using seq2serve::Weights;
-using seq2serve::WIDTH;
+using namespace seq2serve;
 using at::Tensor;
 
-std::atomic<const Kernels*> chosen{nullptr};
-
-const Kernels& fastest() {
-  const Kernels* one = chosen.load(std::memory_order_relaxed);
-  TORCH_CHECK(one != nullptr, "no kernels for this processor");
-  return *one;
-}
-
 std::string use(const std::string& name) {
-  const Kernels* one = seq2serve::kernels(name.empty() ? nullptr : name.c_str());
+  const Kernels* one = kernels(name.empty() ? nullptr : name.c_str());
   if (one != nullptr) chosen = one;
   return one == nullptr ? "" : one->name;
-}
-
-const float* floats(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_cpu() && t.is_contiguous(), name,
-              ": expected contiguous float32 on the CPU");
-  TORCH_CHECK(t.sizes() == shape, name, ": got shape ", t.sizes(), ", expected ", shape);
-  return t.const_data_ptr<float>();
-}
-
-// [packed, compensation, scale, bias] of model/quantized.py, for `inputs` inputs.
-Weights weights(at::TensorList t, int64_t inputs, const char* name) {
-  TORCH_CHECK(t.size() == 4 && t[0].dim() == 5, name, ": expected four packed tensors");
-  const int64_t groups = t[0].size(0), depth = t[0].size(1) * 4;
-  TORCH_CHECK(t[0].scalar_type() == at::kChar && t[0].is_contiguous() && t[0].is_cpu() &&
-                  t[0].sizes() == at::IntArrayRef({groups, depth / 4, 4, 16, 4}) &&
-                  depth % seq2serve::DEPTH == 0 && inputs <= depth && depth - inputs < WIDTH,
-              name, ": got packed weights ", t[0].sizes(), " for ", inputs, " inputs");
-  TORCH_CHECK(t[1].scalar_type() == at::kInt && t[1].is_contiguous() &&
-                  t[1].numel() == groups * WIDTH, name, ": compensation does not fit");
-  return {t[0].const_data_ptr<int8_t>(), t[1].const_data_ptr<int32_t>(),
-          floats(t[2], name, {groups * WIDTH}), floats(t[3], name, {groups * WIDTH}),
-          static_cast<int>(groups), static_cast<int>(depth)};
-}
-
-template <typename T>
-T* scratch(size_t count, int which = 0) {
-  static thread_local std::vector<T> kept[3];
-  if (kept[which].size() < count) kept[which].resize(count);
-  return kept[which].data();
-}
-
-// Each thread takes one piece of 0..count; nothing below it throws.
-template <typename Work>
-void shared_out(int64_t count, const Work& work) {
-  const int threads = static_cast<int>(std::min<int64_t>(at::get_num_threads(), count));
-  if (threads <= 1) {
-    if (count > 0) work(0, count);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int i = 0; i < threads; ++i) work(count * i / threads, count * (i + 1) / threads);
-}
-
-constexpr int64_t ALONE = 8;  // rows that are quantised before a second thread would have begun
-
-// Rows of `first` and `second` side by side, as bytes, in this thread's scratch.
-Quantized quantised(const float* first, int64_t first_size, const float* second,
-                    int64_t second_size, int64_t rows, const Weights& w) {
-  const Kernels& kernels = fastest();
-  uint8_t* bytes = scratch<uint8_t>(rows * w.depth);
-  float* scale = scratch<float>(rows);
-  const auto some = [&](int64_t from, int64_t to) {
-    for (int64_t r = from; r < to; ++r)
-      scale[r] = kernels.quantise(
-          {first + r * first_size, static_cast<int>(first_size), second + r * second_size,
-           static_cast<int>(second_size)},
-          bytes + r * w.depth, w.depth);
-  };
-  if (rows <= ALONE)
-    some(0, rows);
-  else
-    shared_out(rows, some);
-  return {bytes, scale, static_cast<int>(rows)};
-}
-
-// Row `id` of a table, checked.
-const float* row_of(const float* table, int64_t id, int64_t size, int64_t width) {
-  TORCH_CHECK(0 <= id && id < size, "token ", id, " is not in a vocabulary of ", size);
-  return table + id * width;
 }
 
 std::tuple<Tensor, Tensor> cell(const Tensor& x, const Tensor& tokens, const Tensor& table,
@@ -127,12 +39,7 @@ std::tuple<Tensor, Tensor> cell(const Tensor& x, const Tensor& tokens, const Ten
               cells + r * size, h_next.mutable_data_ptr<float>() + r * size,
               c_next.mutable_data_ptr<float>() + r * size};
   const float* input = folded ? nullptr : floats(x, "x", {rows, inputs});
-  const Quantized q = quantised(input, inputs, states, size, rows, w);
-  const Kernels& kernels = fastest();
-  shared_out(w.groups, [&](int64_t from, int64_t to) {
-    for (int64_t group = from; group < to; ++group)
-      kernels.cell(q, w, static_cast<int>(group), static_cast<int>(size), row);
-  });
+  cell_of(quantised(input, inputs, states, size, rows, w), w, size, row);
   return {h_next, c_next};
 }
 
@@ -144,14 +51,24 @@ Tensor linear(const Tensor& x, const Tensor& more, at::TensorList packed, int64_
   const float* second = further ? floats(more, "more", {rows, further}) : nullptr;
   const Quantized q = quantised(floats(x, "x", {rows, inputs}), inputs, second, further, rows, w);
   Tensor y = at::empty({rows, size}, x.options());
-  float* out = y.mutable_data_ptr<float>();
-  const Kernels& kernels = fastest();
-  shared_out(w.groups, [&](int64_t from, int64_t to) {
-    for (int64_t group = from; group < to; ++group)
-      kernels.linear(q, w, static_cast<int>(group), static_cast<int>(size), tanh, out);
-  });
+  linear_of(q, w, size, tanh, y.mutable_data_ptr<float>());
   return y;
 }
+
+// Where what is chosen of so many rows goes.
+struct Told {
+  Tensor values, tokens, normaliser;
+
+  Told(int64_t rows, int64_t count, bool normalised, const Tensor& like)
+      : values(at::empty({rows, count}, like.options())),
+        tokens(at::empty({rows, count}, like.options().dtype(at::kLong))),
+        normaliser(at::empty({normalised ? rows : 0}, like.options())) {}
+
+  Choice choice() {
+    return {values.size(1), values.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>(),
+            normaliser.numel() > 0 ? normaliser.mutable_data_ptr<float>() : nullptr};
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> best(const Tensor& x, at::TensorList packed, int64_t count,
                                         bool normalised) {
@@ -159,151 +76,34 @@ std::tuple<Tensor, Tensor, Tensor> best(const Tensor& x, at::TensorList packed, 
   const Weights w = weights(packed, inputs, "best");
   TORCH_CHECK(0 < count && count <= w.groups * WIDTH, "best: count ", count);
   const Quantized q = quantised(floats(x, "x", {rows, inputs}), inputs, nullptr, 0, rows, w);
-  Tensor values = at::empty({rows, count}, x.options());
-  Tensor tokens = at::empty({rows, count}, x.options().dtype(at::kLong));
-  Tensor normaliser = at::zeros({normalised ? rows : 0}, x.options());
-  float* value = values.mutable_data_ptr<float>();
-  int64_t* token = tokens.mutable_data_ptr<int64_t>();
-  const int64_t pieces = std::min<int64_t>(at::get_num_threads(), w.groups);
-  const int64_t kept = rows * count;
-  float* lists = scratch<float>(pieces * kept + (normalised ? 2 * rows * w.groups : 0), 1);
-  int64_t* names = scratch<int64_t>(pieces * kept);
-  float* maxima = normalised ? lists + pieces * kept : nullptr;
-  float* sums = normalised ? maxima + rows * w.groups : nullptr;
-  std::fill(lists, lists + pieces * kept, -std::numeric_limits<float>::infinity());
-  std::fill(names, names + pieces * kept, 0);
-  const Kernels& kernels = fastest();
-  shared_out(pieces, [&](int64_t from, int64_t to) {
-    for (int64_t piece = from; piece < to; ++piece) {
-      const Best own{static_cast<int>(count), lists + piece * kept, names + piece * kept, maxima,
-                     sums};
-      for (int64_t g = w.groups * piece / pieces; g < w.groups * (piece + 1) / pieces; ++g)
-        kernels.best(q, w, static_cast<int>(g), own);
-    }
-  });
-  // Of equals the one with the smaller id: the same whatever the number of threads.
-  int64_t* at = scratch<int64_t>(pieces, 1);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::fill(at, at + pieces, 0);
-    for (int64_t k = 0; k < count; ++k) {
-      int64_t from = 0;
-      for (int64_t piece = 1; piece < pieces; ++piece)
-        if (lists[piece * kept + r * count + at[piece]] > lists[from * kept + r * count + at[from]])
-          from = piece;
-      value[r * count + k] = lists[from * kept + r * count + at[from]];
-      token[r * count + k] = names[from * kept + r * count + at[from]];
-      ++at[from];
-    }
-    const bool finite = q.scale[r] == q.scale[r];
-    if (normalised)
-      normaliser.mutable_data_ptr<float>()[r] =
-          kernels.normaliser(maxima + r * w.groups, sums + r * w.groups, w.groups);
-    if (!finite)
-      std::fill(value + r * count, value + (r + 1) * count,
-                std::numeric_limits<float>::quiet_NaN());
-  }
-  return {values, tokens, normaliser};
+  Told told(rows, count, normalised, x);
+  best_of(q, w, told.choice());
+  return {told.values, told.tokens, told.normaliser};
 }
 
-// `best` over a list of channels for each sentence: `common` [F], and its own among `candidates`
-// int32 [N, S, C], up to the first zero. Both ascend and have none in common. `rows` int8 [channels,
-// depth] are the weights of `packed` channel by channel. x has equally many rows for each sentence.
+// `best` over a list of channels for each sentence, see `Lists`: `candidates` are int32 [N, S, C].
 std::tuple<Tensor, Tensor, Tensor> listed(const Tensor& x, const Tensor& rows,
                                           at::TensorList packed, const Tensor& candidates,
                                           const Tensor& common, int64_t count, bool normalised) {
   const int64_t total = x.size(0), inputs = x.size(1);
   const Weights w = weights(packed, inputs, "listed");
-  TORCH_CHECK(rows.scalar_type() == at::kChar && rows.is_contiguous() && rows.is_cpu() &&
-                  rows.dim() == 2 && rows.size(1) == w.depth && rows.size(0) <= w.groups * WIDTH,
-              "listed: got rows ", rows.sizes(), " for ", w.groups, " groups of depth ", w.depth);
-  TORCH_CHECK(candidates.scalar_type() == at::kInt && candidates.is_cpu() &&
-                  candidates.dim() == 3 && candidates.size(0) > 0 &&
-                  candidates.stride(2) == 1 && candidates.stride(1) == candidates.size(2) &&
-                  total % candidates.size(0) == 0, "listed: got candidates ", candidates.sizes(),
-              " for ", total, " rows");
-  TORCH_CHECK(common.scalar_type() == at::kInt && common.is_cpu() && common.is_contiguous() &&
-                  common.numel() > 0, "listed: common does not fit");
-  const int64_t n = candidates.size(0), k = total / n, channels = rows.size(0);
-  const int64_t most = candidates.size(1) * candidates.size(2), shared = common.numel();
   TORCH_CHECK(0 < count, "listed: count ", count);
-  const int32_t *own = candidates.const_data_ptr<int32_t>(), *ids = common.const_data_ptr<int32_t>();
-  const auto valid = [&](int32_t id) { return 0 < id && id < channels; };
-  TORCH_CHECK(std::all_of(ids, ids + shared, valid), "listed: common names no channel");
-  int64_t* counted = scratch<int64_t>(n, 1);
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t *first = own + i * candidates.stride(0), *last = std::find(first, first + most, 0);
-    TORCH_CHECK(std::all_of(first, last, valid), "listed: a candidate is no channel of ", channels);
-    counted[i] = last - first;
-  }
+  const Lists lists = lists_of(rows, w, candidates, common, total);
   const Quantized q = quantised(floats(x, "x", {total, inputs}), inputs, nullptr, 0, total, w);
-  Tensor values = at::full({total, count}, -std::numeric_limits<float>::infinity(), x.options());
-  Tensor tokens = at::zeros({total, count}, x.options().dtype(at::kLong));
-  Tensor normaliser = at::empty({normalised ? total : 0}, x.options());
-  float* value = values.mutable_data_ptr<float>();
-  int64_t* token = tokens.mutable_data_ptr<int64_t>();
-  float* logsum = normaliser.mutable_data_ptr<float>();
-  const int8_t* row = rows.const_data_ptr<int8_t>();
-  const Kernels& kernels = fastest();
-  const auto some = [&](int64_t from, int64_t to) {
-    int32_t* list = scratch<int32_t>(shared + most);
-    const int64_t widest = (shared + most + WIDTH - 1) / WIDTH;
-    float* maxima = normalised ? scratch<float>(2 * k * widest, 2) : nullptr;
-    for (int64_t i = from; i < to; ++i) {
-      const int32_t* first = own + i * candidates.stride(0);
-      std::merge(ids, ids + shared, first, first + counted[i], list);
-      const int listed = static_cast<int>(shared + counted[i]);
-      Weights part = w;
-      part.groups = (listed + WIDTH - 1) / WIDTH;
-      float* sums = normalised ? maxima + k * part.groups : nullptr;
-      const int64_t at = i * k;
-      const Quantized rows_of{q.bytes + at * w.depth, q.scale + at, static_cast<int>(k)};
-      const Best best{static_cast<int>(count), value + at * count, token + at * count, maxima, sums};
-      for (int group = 0; group < part.groups; ++group)
-        kernels.listed(rows_of, part, {row, list, listed}, group, best);
-      for (int64_t r = 0; r < k; ++r) {
-        for (int64_t c = (at + r) * count; c < (at + r + 1) * count; ++c) token[c] = list[token[c]];
-        if (normalised)
-          logsum[at + r] = kernels.normaliser(maxima + r * part.groups, sums + r * part.groups,
-                                              part.groups);
-        if (q.scale[at + r] != q.scale[at + r])
-          std::fill(value + (at + r) * count, value + (at + r + 1) * count,
-                    std::numeric_limits<float>::quiet_NaN());
-      }
-    }
-  };
-  shared_out(n, some);
-  return {values, tokens, normaliser};
+  Told told(total, count, normalised, x);
+  listed_of(q, w, lists, told.choice());
+  return {told.values, told.tokens, told.normaliser};
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& query, const Tensor& keys, const Tensor& values,
                                   const Tensor& mask, int64_t heads) {
-  const int64_t n = keys.size(0), s = keys.size(1), width = keys.size(2), k = query.size(1);
-  const float* asked = floats(query, "query", {n, k, width});
-  TORCH_CHECK(heads > 0 && width % heads == 0, "attend: ", heads, " heads for ", width);
-  TORCH_CHECK(mask.scalar_type() == at::kBool && mask.sizes() == at::IntArrayRef({n, s}) &&
-                  values.sizes() == keys.sizes() && keys.scalar_type() == at::kFloat &&
-                  values.scalar_type() == at::kFloat && mask.stride(1) == 1 &&
-                  keys.stride(2) == 1 && keys.stride(1) == width && values.stride(2) == 1 &&
-                  values.stride(1) == width, "attend: keys, values and mask do not fit");
-  Tensor context = at::empty({n, k, width}, query.options());
-  Tensor shares = at::empty({n, k, s}, query.options());
-  float* mixed = context.mutable_data_ptr<float>();
-  float* told = shares.mutable_data_ptr<float>();
-  const float *key = keys.const_data_ptr<float>(), *value = values.const_data_ptr<float>();
-  const bool* valid = mask.const_data_ptr<bool>();
-  const int64_t key_rows = keys.stride(0), value_rows = values.stride(0), masks = mask.stride(0);
-  const Kernels& kernels = fastest();
-  const auto some = [&](int64_t from, int64_t to) {
-    float* scores = scratch<float>(s, 2);
-    for (int64_t r = from; r < to; ++r)
-      kernels.attend(asked + r * width, key + r / k * key_rows, value + r / k * value_rows,
-                     valid + r / k * masks, static_cast<int>(s), static_cast<int>(heads),
-                     static_cast<int>(width / heads), scores, mixed + r * width, told + r * s);
-  };
-  if (n * k <= ALONE / 4)
-    some(0, n * k);
-  else
-    shared_out(n * k, some);
+  const int64_t n = keys.size(0), k = query.size(1);
+  const Memory memory = memory_of(keys, values, mask, heads, k);
+  const float* asked = floats(query, "query", {n, k, memory.width});
+  Tensor context = at::empty({n, k, memory.width}, query.options());
+  Tensor shares = at::empty({n, k, memory.sources}, query.options());
+  attend_to(memory, asked, n * k, context.mutable_data_ptr<float>(),
+            shares.mutable_data_ptr<float>());
   return {context, shares};
 }
 
@@ -354,11 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> layer(const Tensor& added, const Tensor& toke
       const int64_t entry = folded ? token[i * steps + at] : i * steps + at;
       row[r] = {entries + entry * width, c + i * size, out + (i * steps + at) * size, c + i * size};
     }
-    const Quantized q{bytes, scale, static_cast<int>(active)};
-    shared_out(w.groups, [&](int64_t from, int64_t to) {
-      for (int64_t group = from; group < to; ++group)
-        kernels.cell(q, w, static_cast<int>(group), static_cast<int>(size), row);
-    });
+    cell_of({bytes, scale, static_cast<int>(active)}, w, size, row);
     for (int64_t r = 0; r < active; ++r) {
       const int64_t i = order[r];
       std::copy(row[r].h_next, row[r].h_next + size, h + i * size);
