@@ -4,20 +4,26 @@ Nothing of a request is in the engine before all of it has been checked. From th
 known how many its sentences are, they count as waiting.
 """
 
-import itertools
-from collections import Counter
+import dataclasses
+from array import array
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from handler.answer import Narrator, Part, Stream, prefixed
+from handler import costs
+from handler.answer import Answer, Narrator, Part, Stream, prefixed, savings, too_long_answer
 from handler.authorization import ANYBODY, Client
-from handler.decoding import Engine, Event
+from handler.decoding import Engine
 from handler.decoding.turns import Caller
+from handler.doors import spelt
 from handler.pieces import Work
 from handler.request import Refusal, RequestOptions, TranslationRequest, place
-from handler.sentences import Segment, segments_of
+from handler.sentences import Segment, line_breaks, segments_of
 from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
+
+WINDOW = 4096  # characters that are split, or tokenized, in one piece
+WITHIN = 64  # tokens by which two pieces of a sentence may differ from the whole, at their border
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,9 @@ class Pending:
 
     parts: its texts, each with the engine's sentences as far as they have been let in.
     reserved: sentences that are to be let in; they count as waiting.
-    admitted: whether all have been.
+    held: bytes that it may take, see costs.py.
+    admitted: whether all sentences have been let in. left: texts that are not whole.
+    whole: texts that are, but have not been told.
     """
 
     id: str
@@ -49,18 +57,17 @@ class Pending:
     prefix: list[int] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     stream: Stream | None = None
+    answer: Answer | None = None
     reserved: int = 0
+    held: int = 0
     admitted: bool = False
+    left: int = 0
+    whole: deque[int] = field(default_factory=deque)
     sentences: list[int] = field(default_factory=list)  # the engine's, of all parts
-    ended: dict[int, Event] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        return self.admitted and len(self.ended) == len(self.sentences)
 
 
 class Admission:
-    """Lets requests in, and minds how many sentences wait.
+    """Lets requests in, and minds how many sentences wait, and how much memory requests may take.
 
     Args:
         narrator: knows the tokenizers.
@@ -71,6 +78,9 @@ class Admission:
         self.narrator = narrator
         self.options = options
         self.reserved_of: Counter[str] = Counter()  # by client; see `Pending`
+        self.held = 0
+        pieces = narrator.target.pieces(range(engine.model.target_vocabulary))
+        self.longest_piece = max(len(spelt(one)) for one in pieces)  # bytes
 
     @property
     def waiting_count(self) -> int:
@@ -84,18 +94,25 @@ class Admission:
             Refusal: nothing of it is kept then.
         """
         request = pending.request
+        self.hold(pending, costs.of_texts(request.texts))
         texts: list[list[Segment]] = []
+        count = 0
         for text in request.texts:
             texts.append([])
-            for segment in segments_of(text) if request.options.split else [Segment(text, "")]:
-                texts[-1].append(segment)
+            for segment in pieces_of(text) if request.options.split else [Segment(text, "")]:
+                if segment is not None:
+                    texts[-1].append(segment)
+                    count += 1
+                    if count > self.options.max_sentences:
+                        raise self.too_many_sentences(f"more than {self.options.max_sentences}")
                 yield
-        self.reserve(pending, sum(map(len, texts)))
+        self.reserve(pending, count)
         for i, segments in enumerate(texts):
-            sources: list[list[int]] = []
+            sources: list[array[int]] = []
             for segment in segments:
                 if segment.text.strip():
-                    sources.append(self.tokens(segment.text, place(request.texts, i)))
+                    ids = yield from self.tokens(segment.text, place(request.texts, i))
+                    sources.append(array("i", ids))
                     yield
             if sources and not any(sources):
                 raise Refusal(
@@ -105,23 +122,43 @@ class Admission:
                 )
             pending.parts.append(Part(segments, [], sources))
         pending.prefix = self.prefix(request.options)
-        try:
-            for ids in itertools.chain.from_iterable(part.sources for part in pending.parts):
-                if ids:
-                    self.engine.check(ids, request.options, len(pending.prefix))
-                    yield
-        except ValueError as error:
-            raise Refusal(400, "InvalidOption", str(error)) from None
+        yield from self.afford(pending)
+        pending.request = dataclasses.replace(request, texts=[])  # which are held as segments
         if request.options.stream:
             pending.stream = Stream(self.narrator, pending.parts)
 
-    def enter(self, pending: Pending) -> Iterator[int]:
-        """Let the sentences in, one after the other; each one's id."""
+    def afford(self, pending: Pending) -> Work[None]:
+        """Find out what a request may cost, by the longest translations that its options allow."""
+        options = pending.request.options
+        most, piece = self.options.max_response_bytes, self.longest_piece
+        held = told = least = 0
+        for part in pending.parts:
+            told += costs.told_of_text(part.segments, options)
+            for ids in part.sources:
+                if not ids:
+                    continue
+                try:
+                    target = self.engine.check(ids, options, len(pending.prefix))
+                except ValueError as error:
+                    raise Refusal(400, "InvalidOption", str(error)) from None
+                held += costs.of_sentence(len(ids), target, options)
+                told += costs.told_of_sentence(len(ids), target, piece, options)
+                least += costs.least_told(len(ids), options)
+                yield
+        if least > most:
+            raise too_long_answer(f"would have {least} bytes or more", most, options)
+        self.hold(pending, costs.of_texts(pending.request.texts) + held + 2 * min(told, most))
+        answer = Answer(pending.request.door, options, len(pending.parts), most)
+        answer.source_tokens = sum(len(ids) for part in pending.parts for ids in part.sources)
+        pending.answer, pending.left = answer, len(pending.parts)
+
+    def enter(self, pending: Pending) -> Iterator[tuple[int, int, int]]:
+        """Let the sentences in, one after the other; of each its text, its place there, its id."""
         options, client = pending.request.options, pending.client
         caller = Caller(client.name, client.terms.share)
         deadline = None if options.max_time is None else pending.arrived + options.max_time
-        for part in pending.parts:
-            for ids, begun in prefixed(part.sources, pending.prefix):
+        for index, part in enumerate(pending.parts):
+            for at, (ids, begun) in enumerate(prefixed(part.sources, pending.prefix)):
                 if not ids:
                     part.sentences.append(None)
                     continue
@@ -130,21 +167,15 @@ class Admission:
                 self.release(pending, 1)
                 part.sentences.append(one)
                 pending.sentences.append(one)
-                yield one
+                yield index, at, one
         pending.admitted = True
 
     def reserve(self, pending: Pending, count: int) -> None:
         """Have so many sentences count as waiting.
 
         Raises:
-            Refusal: they are too many for one request, for its client, or for the service.
+            Refusal: they are too many for its client, or for the service.
         """
-        if count > self.options.max_sentences:
-            raise Refusal(
-                413, "TooManySentences",
-                f"text: got {count} sentences; allowed: at most {self.options.max_sentences} in a "
-                "request; send them in several",
-            )
         name, most = pending.client.name, pending.client.terms.most_waiting
         waiting = self.engine.waiting_of(name) + self.reserved_of[name]
         if most is not None and waiting + count > most:
@@ -170,16 +201,61 @@ class Admission:
         if not self.reserved_of[name]:
             del self.reserved_of[name]
 
-    def tokens(self, text: str, where: str) -> list[int]:
-        """Ids of a sentence, with EOS; none where nothing is left of it."""
-        tokens, limit = self.narrator.source.encode(text), self.engine.model.max_source_length
-        if len(tokens) + 1 > limit:
+    def hold(self, pending: Pending, count: int) -> None:
+        """Have a request take so much memory at most.
+
+        Raises:
+            Refusal: it is too much for one request, or for the service.
+        """
+        most = self.options.request_memory
+        if count > most // 4:
             raise Refusal(
-                413, "TextTooLong",
-                f"{where}: got a sentence of {len(text)} characters, {len(tokens)} tokens; "
-                f"allowed: at most {limit - 1} tokens; send shorter sentences",
+                413, "TooExpensive",
+                f"the request could take {count / 1e6:.1f} MB of memory; allowed: {most / 4e6:.1f} "
+                f"MB; {savings(pending.request.options)}",
             )
+        held = self.held - pending.held + count
+        if held > most:
+            raise Refusal(
+                503, "Overloaded",
+                f"requests that are being served could take {self.held / 1e6:.1f} MB of memory "
+                "already; try again later",
+            )
+        self.held, pending.held = held, count
+
+    def forget(self, pending: Pending) -> None:
+        """Take back all that a request holds."""
+        self.release(pending)
+        self.held -= pending.held
+        pending.held = 0
+
+    def too_many_sentences(self, got: str) -> Refusal:
+        return Refusal(
+            413, "TooManySentences",
+            f"text: got {got} sentences; allowed: at most {self.options.max_sentences} in a "
+            "request; send them in several",
+        )
+
+    def tokens(self, text: str, where: str) -> Work[list[int]]:
+        """Ids of a sentence, with EOS; none where nothing is left of it."""
+        limit = self.engine.model.max_source_length
+        known = 0
+        for begin in range(0, len(text) if len(text) > WINDOW else 0, WINDOW):
+            known += len(self.narrator.source.encode(text[begin : begin + WINDOW])) - WITHIN
+            yield
+            if known > limit:
+                raise self.too_long(text, where, f"more than {known}")
+        tokens = self.narrator.source.encode(text)
+        if len(tokens) + 1 > limit:
+            raise self.too_long(text, where, str(len(tokens)))
         return [*tokens, self.engine.model.eos_id] if tokens else []
+
+    def too_long(self, text: str, where: str, tokens: str) -> Refusal:
+        return Refusal(
+            413, "TextTooLong",
+            f"{where}: got a sentence of {len(text)} characters, {tokens} tokens; allowed: at most "
+            f"{self.engine.model.max_source_length - 1} tokens; send shorter sentences",
+        )
 
     def prefix(self, options: RequestOptions) -> list[int]:
         """Target ids of the prefix."""
@@ -193,3 +269,27 @@ class Admission:
                 f"prefix: got {options.prefix!r:.60}; allowed: characters that the model can write",
             )
         return tokens
+
+
+def pieces_of(text: str) -> Iterator[Segment | None]:
+    """The segments of a text, of its white space no more than a translation keeps; None where
+    others may have their turn.
+
+    A long text is split a window at a time. The last segment of each goes into the next one, as
+    what follows may belong to it.
+    """
+    begin, width = 0, WINDOW
+    while begin < len(text):
+        window = text[begin : begin + width]
+        segments = list(segments_of(window))
+        yield None
+        if begin + width < len(text):
+            if len(segments) == 1:
+                width *= 2
+                continue
+            last = segments.pop()
+            window = window[: -len(last.text + last.gap)]
+        begin, width = begin + len(window), WINDOW
+        for one in segments:
+            kept = line_breaks(one.gap) or one.gap
+            yield one if kept == one.gap else dataclasses.replace(one, gap=kept)
