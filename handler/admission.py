@@ -4,22 +4,28 @@ Nothing of a request is in the engine before all of it has been checked. From th
 known how many its sentences are, they count as waiting.
 """
 
-import itertools
-from collections import Counter
+import dataclasses
+from array import array
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from handler.answer import Narrator, Part, Stream, prefixed
+from handler import costs
+from handler.answer import Answer, Narrator, Part, Stream, prefixed, savings, too_long_answer
 from handler.authorization import ANYBODY, Client
 from handler.clauses import Reader
-from handler.decoding import Engine, Event
+from handler.decoding import Engine
 from handler.decoding.turns import Caller
+from handler.doors import spelt
 from handler.extras import MissingPackage
 from handler.pieces import Work
 from handler.request import Refusal, RequestOptions, TranslationRequest, place
-from handler.sentences import Segment, Splitter, source_language, unwrapped
+from handler.sentences import Segment, Splitter, line_breaks, source_language, unwrapped
 from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
+
+WINDOW = 4096  # characters that are tokenized in one piece
+WITHIN = 64  # tokens by which two pieces of a sentence may differ from the whole, at their border
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,9 @@ class Pending:
 
     parts: its texts, each with the engine's sentences as far as they have been let in.
     reserved: sentences that are to be let in; they count as waiting.
-    admitted: whether all have been.
+    held: bytes that it may take, see costs.py.
+    admitted: whether all sentences have been let in. left: texts that are not whole.
+    whole: texts that are, but have not been told.
     """
 
     id: str
@@ -51,18 +59,17 @@ class Pending:
     prefix: list[int] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     stream: Stream | None = None
+    answer: Answer | None = None
     reserved: int = 0
+    held: int = 0
     admitted: bool = False
+    left: int = 0
+    whole: deque[int] = field(default_factory=deque)
     sentences: list[int] = field(default_factory=list)  # the engine's, of all parts
-    ended: dict[int, Event] = field(default_factory=dict)
-
-    @property
-    def complete(self) -> bool:
-        return self.admitted and len(self.ended) == len(self.sentences)
 
 
 class Admission:
-    """Lets requests in, and minds how many sentences wait.
+    """Lets requests in, and minds how many sentences wait, and how much memory requests may take.
 
     Args:
         narrator: knows the tokenizers.
@@ -75,6 +82,9 @@ class Admission:
         self.splitter = Splitter(source_language(engine.model.card))
         self.reader = Reader(narrator.source, engine.model.max_source_length - 1)
         self.reserved_of: Counter[str] = Counter()  # by client; see `Pending`
+        self.held = 0
+        pieces = narrator.target.pieces(range(engine.model.target_vocabulary))
+        self.longest_piece = max(len(spelt(one)) for one in pieces)  # bytes
 
     @property
     def waiting_count(self) -> int:
@@ -88,7 +98,9 @@ class Admission:
             Refusal: nothing of it is kept then.
         """
         request = pending.request
+        self.hold(pending, costs.of_texts(request.texts))
         texts: list[list[Segment]] = []
+        count = 0
         for text in request.texts:
             texts.append([])
             if request.options.join_lines:
@@ -96,22 +108,25 @@ class Admission:
             for segment in self.segments(text, request.options):
                 if segment is not None:
                     texts[-1].append(segment)
+                    count += 1
+                    if count > self.options.max_sentences:
+                        raise self.too_many_sentences(f"more than {self.options.max_sentences}")
                 yield
-        self.reserve(pending, sum(map(len, texts)))
+        self.reserve(pending, count)
         for i, whole in enumerate(texts):
             segments: list[Segment] = []
-            sources: list[list[int]] = []
+            sources: list[array[int]] = []
             for sentence in whole:
                 if not sentence.text.strip():
                     segments.append(sentence)
                     continue
-                count = len(segments)
+                before = len(segments)
                 for segment, ids in self.read(sentence, request.options):
                     segments.append(segment)
                     where = place(request.texts, i)
-                    sources.append(self.tokens(ids, segment.text, where, request.options))
+                    sources.append((yield from self.tokens(segment.text, ids, where)))
                     yield
-                self.reserve(pending, len(segments) - count - 1)
+                self.reserve(pending, len(segments) - before - 1)
             if sources and not any(sources):
                 raise Refusal(
                     400, "EmptyText",
@@ -120,23 +135,44 @@ class Admission:
                 )
             pending.parts.append(Part(segments, [], sources, cut=len(segments) > len(whole)))
         pending.prefix = self.prefix(request.options)
-        try:
-            for ids in itertools.chain.from_iterable(part.sources for part in pending.parts):
-                if ids:
-                    self.engine.check(ids, request.options, len(pending.prefix))
-                    yield
-        except ValueError as error:
-            raise Refusal(400, "InvalidOption", str(error)) from None
+        yield from self.afford(pending)
+        pending.request = dataclasses.replace(request, texts=[])  # which are held as segments
         if request.options.stream:
             pending.stream = Stream(self.narrator, pending.parts)
 
-    def enter(self, pending: Pending) -> Iterator[int]:
-        """Let the sentences in, one after the other; each one's id."""
+    def afford(self, pending: Pending) -> Work[None]:
+        """Find out what a request may cost, by the longest translations that its options allow."""
+        options = pending.request.options
+        most, piece = self.options.max_response_bytes, self.longest_piece
+        held = told = least = 0
+        for part in pending.parts:
+            told += costs.told_of_text(part.segments, options)
+            for ids in part.sources:
+                if not ids:
+                    continue
+                try:
+                    target = self.engine.check(ids, options, len(pending.prefix))
+                except ValueError as error:
+                    raise Refusal(400, "InvalidOption", str(error)) from None
+                held += costs.of_sentence(len(ids), target, options)
+                told += costs.told_of_sentence(len(ids), target, piece, options)
+                least += costs.least_told(len(ids), options)
+                yield
+        if least > most:
+            raise too_long_answer(f"would have {least} bytes or more", most, options)
+        self.hold(pending, costs.of_texts(pending.request.texts) + held + 2 * min(told, most))
+        answer = Answer(pending.request.door, options, len(pending.parts), most)
+        answer.source_tokens = sum(len(ids) for part in pending.parts for ids in part.sources)
+        answer.cut_texts = [i for i, part in enumerate(pending.parts) if part.cut]
+        pending.answer, pending.left = answer, len(pending.parts)
+
+    def enter(self, pending: Pending) -> Iterator[tuple[int, int, int]]:
+        """Let the sentences in, one after the other; of each its text, its place there, its id."""
         options, client = pending.request.options, pending.client
         caller = Caller(client.name, client.terms.share)
         deadline = None if options.max_time is None else pending.arrived + options.max_time
-        for part in pending.parts:
-            for ids, begun in prefixed(part.sources, pending.prefix):
+        for index, part in enumerate(pending.parts):
+            for at, (ids, begun) in enumerate(prefixed(part.sources, pending.prefix)):
                 if not ids:
                     part.sentences.append(None)
                     continue
@@ -145,11 +181,12 @@ class Admission:
                 self.release(pending, 1)
                 part.sentences.append(one)
                 pending.sentences.append(one)
-                yield one
+                yield index, at, one
         pending.admitted = True
 
     def segments(self, text: str, options: RequestOptions) -> Iterator[Segment | None]:
-        """The sentences of a text; see `Splitter.segments`.
+        """The sentences of a text, of its white space no more than a translation keeps; None where
+        others may have their turn.
 
         Raises:
             Refusal: it is to be split, and what splits is missing.
@@ -158,7 +195,8 @@ class Admission:
             yield Segment(text, "")
             return
         try:
-            yield from self.splitter.segments(text)
+            for one in self.splitter.segments(text):
+                yield None if one is None else Segment(one.text, line_breaks(one.gap) or one.gap)
         except MissingPackage as error:
             raise Refusal(
                 400, "InvalidOption",
@@ -168,12 +206,12 @@ class Admission:
 
     def read(
         self, sentence: Segment, options: RequestOptions
-    ) -> Iterator[tuple[Segment, list[int]]]:
-        """A sentence with its tokens; in pieces where it is too long and may be cut."""
+    ) -> Iterator[tuple[Segment, list[int] | None]]:
+        """A sentence, in pieces where it is too long and may be cut; with tokens that are known."""
         if options.split:
             yield from self.reader.read(sentence)
         else:
-            yield sentence, self.reader.source.encode(sentence.text)
+            yield sentence, None
 
     def reserve(self, pending: Pending, more: int) -> None:
         """Have so many sentences more count as waiting.
@@ -185,11 +223,7 @@ class Admission:
             return
         count = pending.reserved + more
         if count > self.options.max_sentences:
-            raise Refusal(
-                413, "TooManySentences",
-                f"text: got {count} sentences; allowed: at most {self.options.max_sentences} in a "
-                "request; send them in several",
-            )
+            raise self.too_many_sentences(str(count))
         name, most = pending.client.name, pending.client.terms.most_waiting
         waiting = self.engine.waiting_of(name) + self.reserved_of[name] - pending.reserved
         if most is not None and waiting + count > most:
@@ -215,19 +249,69 @@ class Admission:
         if not self.reserved_of[name]:
             del self.reserved_of[name]
 
-    def tokens(
-        self, ids: list[int], text: str, where: str, options: RequestOptions
-    ) -> list[int]:
-        """Ids of a sentence, with EOS; none where nothing is left of it."""
-        limit = self.reader.limit
-        if len(ids) > limit:
-            advice = "" if options.split else ", or with split true a text that can be cut"
+    def hold(self, pending: Pending, count: int) -> None:
+        """Have a request take so much memory at most.
+
+        Raises:
+            Refusal: it is too much for one request, or for the service.
+        """
+        most = self.options.request_memory
+        if count > most // 4:
             raise Refusal(
-                413, "TextTooLong",
-                f"{where}: got a sentence of {len(text)} characters, {len(ids)} tokens; "
-                f"allowed: at most {limit} tokens; send shorter sentences{advice}",
+                413, "TooExpensive",
+                f"the request could take {count / 1e6:.1f} MB of memory; allowed: {most / 4e6:.1f} "
+                f"MB; {savings(pending.request.options)}",
             )
-        return [*ids, self.engine.model.eos_id] if ids else []
+        held = self.held - pending.held + count
+        if held > most:
+            raise Refusal(
+                503, "Overloaded",
+                f"requests that are being served could take {self.held / 1e6:.1f} MB of memory "
+                "already; try again later",
+            )
+        self.held, pending.held = held, count
+
+    def forget(self, pending: Pending) -> None:
+        """Take back all that a request holds."""
+        self.release(pending)
+        self.held -= pending.held
+        pending.held = 0
+
+    def too_many_sentences(self, got: str) -> Refusal:
+        return Refusal(
+            413, "TooManySentences",
+            f"text: got {got} sentences; allowed: at most {self.options.max_sentences} in a "
+            "request; send them in several",
+        )
+
+    def tokens(self, text: str, known: list[int] | None, where: str) -> Work[array[int]]:
+        """Ids of a sentence, with EOS; none where nothing is left of it.
+
+        Args:
+            known: the ids without EOS, if it has been tokenized.
+        """
+        ids = known if known is not None else (yield from self.tokenized(text, where))
+        if len(ids) > self.reader.limit:
+            raise self.too_long(text, where, str(len(ids)))
+        return array("i", [*ids, self.engine.model.eos_id] if ids else [])
+
+    def tokenized(self, text: str, where: str) -> Work[list[int]]:
+        """Ids of a sentence; of a long one only if it can be short enough."""
+        least = 0
+        for begin in range(0, len(text) if len(text) > WINDOW else 0, WINDOW):
+            least += len(self.narrator.source.encode(text[begin : begin + WINDOW])) - WITHIN
+            yield
+            if least > self.reader.limit:
+                raise self.too_long(text, where, f"more than {least}")
+        return self.narrator.source.encode(text)
+
+    def too_long(self, text: str, where: str, tokens: str) -> Refusal:
+        return Refusal(
+            413, "TextTooLong",
+            f"{where}: got a sentence of {len(text)} characters, {tokens} tokens; allowed: at most "
+            f"{self.reader.limit} tokens; send shorter sentences, or with split true a text that "
+            "can be cut",
+        )
 
     def prefix(self, options: RequestOptions) -> list[int]:
         """Target ids of the prefix."""

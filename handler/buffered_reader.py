@@ -5,8 +5,10 @@ field of each of them, some thirty times a request, and decodes the body anew. H
 in as few pieces as it comes in; and where the bytes of a request are those of the call before, what
 was made of them then serves again.
 
-What comes out equals what TorchServe's own functions make of the same bytes. One thing differs: a
+What comes out equals what TorchServe's own functions make of the same bytes, but for two things. A
 request that comes again is the same object, so a handler must not change the bodies it is given.
+And JSON of more than `DECODED` bytes stays bytes: parsed, 256 kB may become 10 MB, which would be
+held for every live request; the handler parses one at a time, when its turn has come.
 """
 
 import hashlib
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 SHA256 = "83e82dc62b4a95a362efe4518786c6b389b895b85acaf37721aaff042ec9989a"
 PIECE = 1 << 16  # bytes to ask for at least; a call of 80 short requests has 30 kB
 LARGEST = 1 << 20  # bytes to ask for at most: memory is held for them, whether they come or not
+DECODED = 1 << 12  # bytes of JSON that are parsed here; the handler parses larger bodies itself
 INTEGER = struct.Struct("!i")
 END = -1  # of a list; in place of a length
 
@@ -123,6 +126,8 @@ class Reader:
         of, kind = name.decode(), content_type.decode()
         value: Any = bytearray(content)
         json_kind = kind == "application/json"
+        if json_kind and len(content) > DECODED:
+            return {"name": of, "contentType": kind, "value": value}
         if self.decodes and (json_kind or kind.startswith("text")):
             try:
                 value = json.loads(content.decode()) if json_kind else content.decode()

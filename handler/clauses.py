@@ -35,12 +35,11 @@ class Reader:
     source: Tokenizer
     limit: int
 
-    def read(self, sentence: Segment) -> Iterator[tuple[Segment, list[int]]]:
+    def read(self, sentence: Segment) -> Iterator[tuple[Segment, list[int] | None]]:
         """A sentence in pieces that fit, each with its tokens, in order; one piece if it fits.
 
-        A piece in which there is no place to cut may have more tokens than `limit`.
-        Time is linear in the length. Between two pieces it is bounded by `limit`, but where a text
-        is encoded that has no place to cut.
+        A piece in which there is no place to cut may have more tokens than `limit`; a long one is
+        not tokenized. Time is linear in the length, and between two pieces bounded by `limit`.
 
         Laws: "".join(p.text + p.gap) over the pieces is sentence.text + sentence.gap; no piece is
         empty, none begins or ends with white space if the sentence does not.
@@ -49,7 +48,7 @@ class Reader:
         while len(text) - start > longest:
             place = far_place(text, start, longest)
             if place is None:
-                yield Segment(text[start:], sentence.gap), self.source.encode(text[start:])
+                yield Segment(text[start:], sentence.gap), None
                 return
             yield from self.halves(Segment(text[start : place[0]], text[slice(*place)]))
             start = place[1]

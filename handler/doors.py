@@ -6,13 +6,29 @@ shape is its door. A door takes texts and options out of a body and gives an ans
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from handler.fields import FieldError, shown
 
-Answer = dict[str, Any]  # {"translations", "model", "usage"}: docs/rest.md
+Fields = dict[str, bytes]  # of a translation, each in JSON: docs/rest.md
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a door makes of the translations of one text, in bytes of its body.
+
+    count: translations. values: of each field those of all translations but the last, and that of
+    the last; or one piece.
+    """
+
+    count: int
+    values: dict[str, tuple[bytes, bytes]]
+
+    @property
+    def size(self) -> int:
+        return sum(len(head) + len(last) for head, last in self.values.values())
 
 
 class Door:
@@ -31,9 +47,23 @@ class Door:
         """
         raise FieldError("text", "missing; allowed: a string or a list of strings")
 
-    def leave(self, answer: Answer) -> str:
-        """The body of an answer."""
-        return json.dumps(answer, ensure_ascii=False)
+    def told(self, translations: list[Fields]) -> Told:
+        """The translations of one text."""
+        pieces: list[bytes] = []
+        for one in translations:
+            pieces.append(b", {" if pieces else b"[{")
+            for place, (name, value) in enumerate(one.items()):
+                pieces += [b'%s"%s": ' % (b", " if place else b"", name.encode()), value]
+            pieces.append(b"}")
+        return Told(len(translations), {"": (b"".join([*pieces, b"]"]), b"")})
+
+    def leave(
+        self, texts: list[Told], model: dict[str, str], usage: dict[str, Any]
+    ) -> Iterator[bytes]:
+        """The body of an answer, in pieces."""
+        yield b'{"translations": '
+        yield from pieces_of(texts)
+        yield b', "model": %s, "usage": %s}' % (spelt(model), spelt(usage))
 
     def refuse(self, error: Mapping[str, Any]) -> str:
         """The body of an error, {"code", "type", "message"}."""
@@ -63,9 +93,15 @@ class PlainText(Door):
 
     content_type = "text/plain; charset=utf-8"
 
-    def leave(self, answer: Answer) -> str:
-        best = (one[0]["text"] for one in answer["translations"])
-        return "".join(text.replace("\n", " ") + "\n" for text in best)
+    def told(self, translations: list[Fields]) -> Told:
+        text: str = json.loads(translations[0]["text"])
+        return Told(1, {"": (text.replace("\n", " ").encode(), b"\n")})
+
+    def leave(
+        self, texts: list[Told], model: dict[str, str], usage: dict[str, Any]
+    ) -> Iterator[bytes]:
+        for one in texts:
+            yield from one.values[""]
 
 
 @dataclass(frozen=True)
@@ -86,8 +122,12 @@ class KServeV1(Door):
             ]
         return strings(texts, "instances"), parameters(given), cls()
 
-    def leave(self, answer: Answer) -> str:
-        return json.dumps({"predictions": answer["translations"]}, ensure_ascii=False)
+    def leave(
+        self, texts: list[Told], model: dict[str, str], usage: dict[str, Any]
+    ) -> Iterator[bytes]:
+        yield b'{"predictions": '
+        yield from pieces_of(texts)
+        yield b"}"
 
     def refuse(self, error: Mapping[str, Any]) -> str:
         return json.dumps({"error": error["message"], **error})
@@ -130,35 +170,63 @@ class OpenInference(KServeV1):
             )
         return texts, parameters(given), cls(name)
 
-    def leave(self, answer: Answer) -> str:
-        translations = answer["translations"]
-        shape = [len(translations), max(len(one) for one in translations)]
-        # Every text has equally many: what a beam did not find is filled with its last.
-        rows = [one + [one[-1]] * (shape[1] - len(one)) for one in translations]
-        flat = [one for row in rows for one in row]
-        outputs = [
-            tensor("translation" if name == "text" else name, shape, [one[name] for one in flat])
-            for name in flat[0]
-        ]
-        body = {
-            "model_name": answer["model"]["name"],
-            "model_version": answer["model"]["version"],
-            "outputs": outputs,
-        }
-        if self.id is not None:
-            body["id"] = self.id
-        return json.dumps(body, ensure_ascii=False)
+    def told(self, translations: list[Fields]) -> Told:
+        """Of each field, which is an output; what is neither text nor number is JSON in a
+        string."""
+        values = {}
+        for name in translations[0]:
+            each = [one[name] for one in translations]
+            if name in NESTED:
+                each = [spelt(value.decode()) for value in each]
+            values[name] = b"".join(value + b", " for value in each[:-1]), each[-1]
+        return Told(len(translations), values)
+
+    def leave(
+        self, texts: list[Told], model: dict[str, str], usage: dict[str, Any]
+    ) -> Iterator[bytes]:
+        most = max(one.count for one in texts)
+        name, version = spelt(model["name"]), spelt(model["version"])
+        yield b'{"model_name": %s, "model_version": %s, "outputs": [' % (name, version)
+        for number, field in enumerate(texts[0].values):
+            yield b", " if number else b""
+            told, kind = ("translation" if field == "text" else field), "BYTES"
+            if field == "score":
+                kind = "FP32"
+            head = {"name": told, "shape": [len(texts), most], "datatype": kind}
+            yield spelt(head)[:-1] + b', "data": ['
+            for i, one in enumerate(texts):
+                first, last = one.values[field]
+                yield b", " if i else b""
+                yield first
+                yield last
+                # Every text has equally many: what a beam did not find is filled with its last.
+                for _ in range(most - one.count):
+                    yield b", "
+                    yield last
+            yield b"]}"
+        yield b"]" if self.id is None else b'], "id": %s' % spelt(self.id)
+        yield b"}"
 
 
 DOORS: tuple[type[Door], ...] = (Native, KServeV1, OpenInference)
 
 
-def tensor(name: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
-    """An output tensor; what is neither text nor number is JSON in a string."""
-    if isinstance(data[0], float):
-        return {"name": name, "shape": shape, "datatype": "FP32", "data": data}
-    told = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in data]
-    return {"name": name, "shape": shape, "datatype": "BYTES", "data": told}
+NESTED = ("tokens", "alignment")  # fields that are neither text nor number
+
+
+def pieces_of(texts: list[Told]) -> Iterator[bytes]:
+    """A list in JSON of what has one value."""
+    between = b"["
+    for one in texts:
+        yield between
+        yield from one.values[""]
+        between = b", "
+    yield b"]"
+
+
+def spelt(value: object) -> bytes:
+    """A value in JSON."""
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def strings(

@@ -29,6 +29,9 @@ class Pieces:
     def __bool__(self) -> bool:
         return bool(self.new or self.old)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self.new or key in self.old
+
     def add(self, key: str, work: Work[None]) -> None:
         """`work` tells by itself what came of it, its failures too: it raises nothing."""
         self.new[key] = work

@@ -19,6 +19,9 @@ from handler.extras import PINS, MissingPackage, package
 from handler.pieces import Work
 
 LINE_BREAK = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
+BLANKS = "[^\\S\n\r\v\f\x85\u2028\u2029]+"
+# White space beside line breaks, but for that within "\r \n", which are two.
+BESIDE = re.compile(rf"(?<=\r){BLANKS}(?=\n)|({BLANKS})")
 
 MARKS = ".．…!?‽‼⁇⁈⁉"  # end a sentence before white space and a letter that is not lower case
 # End a sentence whatever follows: Chinese and Japanese, Arabic and Urdu, Devanagari, Armenian,
@@ -225,21 +228,42 @@ def join(segments: list[Segment], translations: list[str]) -> str:
     count = sum(bool(s.text) for s in segments)
     if len(translations) != count:
         raise ValueError(f"translations: got {len(translations)}; allowed: {count}, one a sentence")
-    remaining = iter(translations)
-    parts = []
-    space = ""  # due before the next translation on this line
-    for segment in segments:
-        translation = LINE_BREAK.sub(" ", next(remaining)).strip() if segment.text else ""
-        if translation:
-            parts += [space, translation]
-            unspaced = translation.rstrip(CLOSING).endswith(UNSPACED)
-            space = segment.gap or ("" if unspaced else " ")
-        for line_break in LINE_BREAK.findall(segment.gap):
-            if line_break == "\n" and parts[-1:] == ["\r"]:
-                parts.append(" ")  # or the two would become one
-            parts.append(line_break)
-            space = ""
-    return "".join(parts)
+    remaining, joining = iter(translations), Joining()
+    return "".join(joining.add(one, next(remaining) if one.text else "") for one in segments)
+
+
+class Joining:
+    """Joins a text from its beginning on, one segment after the other; see `join`."""
+
+    def __init__(self) -> None:
+        self.space = ""  # due before the next translation on this line
+        self.returned = False  # whether the text so far ends with "\r"
+
+    def told(self, translation: str) -> str:
+        """What a translation adds to the text so far, without what comes after it."""
+        translation = LINE_BREAK.sub(" ", translation).strip()
+        return f"{self.space}{translation}" if translation else ""
+
+    def add(self, segment: Segment, translation: str) -> str:
+        """What the next segment adds to the text so far, with a translation if it has text."""
+        told = self.told(translation)
+        if told:
+            unspaced = told.rstrip(CLOSING).endswith(UNSPACED)
+            self.space = segment.gap or ("" if unspaced else " ")
+            self.returned = False
+        breaks = line_breaks(segment.gap)
+        if breaks:
+            if self.returned and breaks[0] == "\n":
+                told += " "  # or the two would become one
+            self.space, self.returned = "", breaks[-1] == "\r"
+        return told + breaks
+
+
+def line_breaks(gap: str) -> str:
+    """The line breaks of white space, and nothing else of it."""
+    if not LINE_BREAK.search(gap):
+        return ""
+    return BESIDE.sub(lambda found: "" if found[1] else " ", gap)
 
 
 def may_end_sentence(found: re.Match[str]) -> bool:

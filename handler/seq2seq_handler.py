@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from handler import buffered_reader
+from handler import buffered_reader, costs
 from handler.admission import Incoming
 from handler.authorization import ANYBODY, Tokens
 from handler.decoding import Engine, native
@@ -108,11 +108,15 @@ class Seq2SeqHandler:
         threading.Thread(
             target=report, args=(self.service, self.calls, ctx.metrics), daemon=True
         ).start()
-        largest = engine.largest_memory() / 1e6
+        decoding = engine.largest_memory() / 1e6
+        live = int(config.get("batchSize", 1))
+        requests = costs.largest(
+            options.request_memory, options.max_response_bytes, live, buffered_reader.DECODED
+        )
         logger.info(
-            "ready on %s, %s, with %d rows: at most %.0f MB for decoding; "
+            "ready on %s, %s, with %d rows: at most %.0f MB for decoding and %.0f MB for requests; "
             "digests %.2f s, model %.2f s, warm-up %.2f s",
-            device, weights, rows, largest,
+            device, weights, rows, decoding, requests / 1e6,
             *(b - a for a, b in pairwise(times)),
         )
 

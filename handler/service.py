@@ -4,7 +4,7 @@ TorchServe calls again and again with every request that is live; each call is o
 vanished requests are cancelled, new ones let in, a few steps decoded, streams continued and
 finished requests answered. What may take long, a large request or its answer, is done a piece at a
 time, so that a round takes `round_ms` for decoding, and at most as long again for requests and for
-answers; parsing a body and writing its JSON are one piece.
+answers; parsing a body is one piece, and so is sending an answer whose parts have been written.
 """
 
 import gc
@@ -21,7 +21,7 @@ from handler.answer import Narrator, event
 from handler.decoding import Engine, Event
 from handler.decoding.engine import STEPS
 from handler.decoding.options import DecodingOptions
-from handler.decoding.sentence import failed
+from handler.decoding.sentence import NO_TOKEN, failed
 from handler.doors import Door
 from handler.metrics import STEP_BUCKETS, WAIT_BUCKETS, Metrics
 from handler.pieces import SLICE, Pieces, Work
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 EVENTS = "text/event-stream"
 LEFT = "ClientLeft"
 PART = 0.25  # of a round at most, for admissions that need several turns; and so for answers
+HALF = 0.5  # of a round at most, for those that need one; and so for what streams are told
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class Service:
     """Translates for many clients at once.
 
     A request is known from its arrival to its end. First it is one of `arrivals`; it is pending
-    when all of it has been checked; when its sentences have ended, it is one of `answers`. `finish`
-    and `forget` are its only ends: it was answered, or its client has left.
+    when all of it has been checked; while any of its texts is whole and has not been told, it is
+    one of `answers`; when all have been told, it is `ready`. `finish` and `forget` are its only
+    ends: it was answered, or its client has left.
 
     Args:
         name, version: of the model, told in every answer.
@@ -83,9 +85,11 @@ class Service:
         self.arrivals, self.answers = Pieces(clock), Pieces(clock)
         self.known: dict[str, Incoming] = {}
         self.pending: dict[str, Pending] = {}
-        self.owner: dict[int, Pending] = {}  # request of each sentence that has not ended
+        # Of each sentence that has not ended: its request, its text, and its place in that.
+        self.owner: dict[int, tuple[Pending, int, int]] = {}
         self.unbegun: dict[str, Pending] = {}  # requests without a first token
-        self.streams: dict[str, Pending] = {}  # that may be told more
+        self.streams: dict[str, Pending] = {}  # who waits longest first
+        self.ready: dict[str, Pending] = {}  # that wait for their answer to be sent
         self.replies: dict[str, Reply] = {}  # of this round
         self.figures = self.counted()
 
@@ -119,7 +123,7 @@ class Service:
         length = self.options.round_ms / 1000
         until = started + length
         # What is new and small is let in before the first step, and answered after the last.
-        most, part = max(length / 2, SLICE), max(PART * length, SLICE)
+        most, part = max(HALF * length, SLICE), max(PART * length, SLICE)
         self.arrivals.advance(started + most, started + part)
         while True:
             if not self.engine.idle:
@@ -134,8 +138,13 @@ class Service:
                 break
         now = self.clock()
         self.answers.advance(now + most, now + part)
+        self.send()
+        until = self.clock() + most
         for pending in list(self.streams.values()):
+            self.streams[pending.id] = self.streams.pop(pending.id)
             self.continue_stream(pending)
+            if self.clock() >= until:
+                break
 
     def begin(self, one: Incoming, now: float) -> None:
         """Take note of a new request; what needs no decoding is answered at once."""
@@ -180,11 +189,14 @@ class Service:
             self.pending[one.id] = self.unbegun[one.id] = pending
             if pending.stream is not None:
                 self.streams[one.id] = pending
-            read = sum(len(ids) for part in pending.parts for ids in part.sources)
-            self.metrics.count("tokens_total", read, side="source")
-            for sentence in self.admission.enter(pending):
-                self.owner[sentence] = pending
+            assert pending.answer is not None
+            self.metrics.count("tokens_total", pending.answer.source_tokens, side="source")
+            for index, place, sentence in self.admission.enter(pending):
+                self.owner[sentence] = pending, index, place
                 yield
+            for index, text in enumerate(pending.parts):
+                if not text.sources or not any(text.sources):
+                    self.note_whole(pending, index)
             self.note_complete(pending)
         except Refusal as refusal:
             self.fail(one.id, refusal.at(pending.request.door) if pending else refusal)
@@ -195,6 +207,8 @@ class Service:
         finally:
             if pending is not None:
                 self.admission.release(pending)
+                if not pending.admitted:
+                    self.admission.forget(pending)
 
     def step(self, until: float) -> None:
         """A few tokens of every live sentence, while there is time."""
@@ -211,10 +225,7 @@ class Service:
             self.note_begun(sentence, now)
         for one in events:
             self.note_begun(one.sentence, now)
-            pending = self.owner.pop(one.sentence, None)
-            if pending is not None:
-                pending.ended[one.sentence] = one
-                self.note_complete(pending)
+            self.note_ended(one)
 
     def stopped(self, error: Exception) -> list[Event]:
         """The end of all sentences, after a failure of the engine itself: what it had to tell is
@@ -229,51 +240,99 @@ class Service:
     def note_begun(self, sentence: int, now: float) -> None:
         """There is a token for a sentence, or will never be; the first of a request is the first to
         begin."""
-        pending = self.owner.get(sentence)
-        if pending is not None and sentence == pending.sentences[0]:
+        pending, index, _ = self.owner.get(sentence, (None, 0, 0))
+        if pending is None:
+            return
+        if sentence == pending.sentences[0]:
             self.note_first(pending, now)
+        if pending.stream is not None:
+            pending.stream.wake(index)
 
     def note_first(self, pending: Pending, now: float) -> None:
         if self.unbegun.pop(pending.id, None) is not None:
             self.metrics.observe("first_token_seconds", now - pending.arrived, WAIT_BUCKETS)
 
-    def note_complete(self, pending: Pending) -> None:
-        """When all sentences of a request have ended, its answer is next."""
-        if pending.complete:
-            self.note_first(pending, self.clock())  # one of no sentences has none to begin
-            self.streams.pop(pending.id, None)
+    def note_ended(self, one: Event) -> None:
+        """Keep what a sentence has become; where it failed, its request has."""
+        pending, index, place = self.owner.pop(one.sentence, (None, 0, 0))
+        if pending is None or pending.answer is None:
+            return
+        if one.error is not None:
+            none = one.error == NO_TOKEN
+            status, kind = (400, "InvalidOption") if none else (500, "DecodingFailed")
+            self.fail(pending.id, Refusal(status, kind, one.error))
+            return
+        part = pending.parts[index]
+        part.end(place, one.results)
+        pending.answer.target_tokens += sum(len(result.tokens) for result in one.results)
+        if not part.left:
+            self.note_whole(pending, index)
+            self.note_complete(pending)
+
+    def note_whole(self, pending: Pending, index: int) -> None:
+        """A text can be told."""
+        pending.left -= 1
+        pending.whole.append(index)
+        if pending.id not in self.answers:
             self.answers.add(pending.id, self.answering(pending))
 
+    def note_complete(self, pending: Pending) -> None:
+        """When all sentences of a request have ended, and all its texts are told, its answer is
+        next."""
+        if pending.admitted and not pending.left:
+            self.note_first(pending, self.clock())  # one of no sentences has none to begin
+            if not pending.whole:
+                self.ready[pending.id] = pending
+
     def answering(self, pending: Pending) -> Work[None]:
-        """Answer a request whose sentences have all ended."""
+        """Write what is told of texts whose sentences have all ended."""
+        answer, stream = pending.answer, pending.stream
+        assert answer is not None
         try:
-            reply = yield from self.last(pending)
+            while pending.whole:
+                index = pending.whole[0]
+                while stream is not None and not stream.whole[index]:
+                    stream.unsent.append(stream.news(index, self.engine))
+                    yield
+                yield from answer.tell(self.narrator, index, pending.parts[index])
+                pending.whole.popleft()
+            self.note_complete(pending)
         except Refusal as refusal:
             self.fail(pending.id, refusal)
         except Exception:
             logger.exception("an answer could not be built")
             self.fail(pending.id, internal_error())
-        else:
-            self.finish(pending.id, reply)
 
-    def last(self, pending: Pending) -> Work[Reply]:
+    def send(self) -> None:
+        """Answer requests that are ready; of long answers one in a round, as several at once would
+        take several times the memory."""
+        sent = 0
+        for pending in list(self.ready.values()):
+            assert pending.answer is not None
+            size = pending.answer.size
+            if sent and sent + size > self.options.max_response_bytes:
+                break
+            sent += size
+            try:
+                reply = self.last(pending)
+            except Refusal as refusal:
+                self.fail(pending.id, refusal)
+            except Exception:
+                logger.exception("an answer could not be sent")
+                self.fail(pending.id, internal_error())
+            else:
+                self.finish(pending.id, reply)
+
+    def last(self, pending: Pending) -> Reply:
+        """The whole of an answer, or the end of a stream."""
         request, stream = pending.request, pending.stream
-        answer = yield from self.narrator.answer(request, pending.parts, pending.ended)
+        assert pending.answer is not None
+        body = pending.answer.body(self.narrator.model).decode()
         if stream is None:
-            body, content_type = request.door.leave(answer), request.door.content_type
-        else:
-            news = []
-            for one in stream.news(pending.ended, self.engine.committed):
-                news.append(one)
-                yield
-            body, content_type = "".join(news) + event(answer, "answer"), EVENTS
-        yield
-        size, most = len(body.encode()), self.options.max_response_bytes
-        if size > most:
-            message = f"the answer has {size} bytes; allowed: {most}; send fewer texts"
-            raise Refusal(413, "AnswerTooLong", message)
-        kind: Literal["whole", "last"] = "last" if stream and stream.opened else "whole"
-        return Reply(200, content_type, body, kind)
+            return Reply(200, request.door.content_type, body)
+        news, stream.unsent = "".join(stream.unsent), []
+        kind: Literal["whole", "last"] = "last" if stream.opened else "whole"
+        return Reply(200, EVENTS, f"{news}{event(body, 'answer')}", kind)
 
     def continue_stream(self, pending: Pending) -> None:
         """Tell a stream what was decided since the last round.
@@ -284,11 +343,13 @@ class Service:
         stream = pending.stream
         assert stream is not None
         try:
-            body = "".join(stream.news(pending.ended, self.engine.committed))
+            for index in list(stream.awake):
+                stream.unsent.append(stream.news(index, self.engine))
         except Exception:
             logger.exception("a stream could not be continued")
             self.fail(pending.id, internal_error())
             return
+        body, stream.unsent = "".join(stream.unsent), []
         if body or not stream.opened:
             self.replies[pending.id] = Reply(200, EVENTS, body or ": open\n\n", "more")
 
@@ -306,7 +367,8 @@ class Service:
         if pending is None:
             return refused(refusal, refusal.door)
         if pending.stream is not None and pending.stream.opened:
-            return Reply(200, EVENTS, event(refusal.told(), "error"), "last", failed=True)
+            told = event(json.dumps(refusal.told(), ensure_ascii=False), "error")
+            return Reply(200, EVENTS, told, "last", failed=True)
         return refused(refusal, pending.request.door)
 
     def fail_all(self, live: list[Incoming]) -> None:
@@ -315,7 +377,11 @@ class Service:
         lost = {one.id for one in live} - answered
         self.replies |= {key: self.failure(key, internal_error()) for key in lost}
         self.metrics.count("requests_total", len(lost), outcome="failed")
-        for held in (self.known, self.pending, self.owner, self.unbegun, self.streams):
+        for pending in self.pending.values():
+            self.admission.forget(pending)
+        for held in (
+            self.known, self.pending, self.owner, self.unbegun, self.streams, self.ready
+        ):
             held.clear()
         self.arrivals.clear()
         self.answers.clear()
@@ -331,8 +397,8 @@ class Service:
         self.forget(key)
         self.replies[key] = reply
         if pending is not None:
-            written = sum(len(r.tokens) for e in pending.ended.values() for r in e.results)
-            self.metrics.count("tokens_total", written, side="target")
+            assert pending.answer is not None
+            self.metrics.count("tokens_total", pending.answer.target_tokens, side="target")
             self.metrics.count("requests_total", outcome="failed" if reply.failed else "ok")
             seconds = self.clock() - pending.arrived
             self.metrics.observe("request_seconds", seconds, WAIT_BUCKETS)
@@ -347,6 +413,8 @@ class Service:
             return
         self.unbegun.pop(key, None)
         self.streams.pop(key, None)
+        self.ready.pop(key, None)
+        self.admission.forget(pending)
         for sentence in pending.sentences:
             if self.owner.pop(sentence, None) is not None:
                 self.engine.cancel(sentence)

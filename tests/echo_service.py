@@ -114,8 +114,8 @@ def error(reply: Reply) -> tuple[int, str]:
 
 
 def left_nothing(one: Service) -> bool:
-    held = (one.known, one.pending, one.owner, one.unbegun, one.streams, one.replies)
-    at_work = one.arrivals or one.answers or one.admission.reserved_of
+    held = (one.known, one.pending, one.owner, one.unbegun, one.streams, one.ready, one.replies)
+    at_work = one.arrivals or one.answers or one.admission.reserved_of or one.admission.held
     counted = one.engine.scheduler.waiting_of or one.counted() != {
         **dict.fromkeys(one.counted(), 0), "row_capacity": one.engine.capacity,
     }

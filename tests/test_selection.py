@@ -213,7 +213,7 @@ def test_coverage_is_what_all_steps_paid_every_source_token_but_its_end(token, s
     (result,) = event.results
     assert result.score == pytest.approx(2 * sum(map(math.log, sums)), abs=1e-4)
     assert result.log_probability == pytest.approx(0.0, abs=1e-4)
-    assert result.alignment == [pytest.approx(ATTENTION[2])]
+    assert list(result.alignment) == [pytest.approx(ATTENTION[2])]
 
 
 def test_a_score_is_the_sum_of_log_probabilities_where_it_is_asked_for():

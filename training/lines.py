@@ -85,7 +85,8 @@ def translations(
         except MissingPackage as error:
             raise LineError(f"line {number}: splitting it into sentences {error}") from None
         for sentence in sentences:
-            yield from reader.read(sentence)
+            for piece, ids in reader.read(sentence):
+                yield piece, source.encode(piece.text) if ids is None else ids
 
     def admit(part: Part) -> list[int]:
         for i, (ids, begun) in enumerate(prefixed(part.sources, prefix)):

@@ -8,9 +8,10 @@ from handler.decoding.engine import Engine
 from handler.decoding.model import SequenceModel, SourceLengthError
 from handler.decoding.offline import decode_in_order
 from handler.decoding.options import DecodingOptions
-from handler.decoding.sentence import Event, Result
+from handler.decoding.sentence import Alignment, Event, Result
 
 __all__ = [
+    "Alignment",
     "DecodingOptions",
     "Engine",
     "Event",

@@ -89,9 +89,10 @@ class Finished:
 class Attention:
     """What the steps paid the source tokens.
 
-    paid: [N, T, K, S], of step t by place k; where that is in a hypothesis, is in `origins`, int64
-        [N, K, T], so that nothing of the large table is ever moved from place to place.
-    covered: [N, K, S], the sum over the tokens of each hypothesis.
+    paid: half [N, T, K, S], of step t by place k; where that is in a hypothesis, is in `origins`,
+        int64 [N, K, T], so that nothing of the large table is ever moved from place to place. It is
+        told and decides nothing, so half precision is enough.
+    covered: float [N, K, S], the sum over the tokens of each hypothesis.
     """
 
     paid: Tensor
@@ -112,8 +113,7 @@ def new_columns(
         made = torch.zeros((n, width), dtype=torch.long, device=device)
         finished = Finished(never, never.to(dtype, copy=True), made, none, none)
     if attends:
-        paid = torch.zeros((n, 0, width, max(len(s.source) for s in sentences)), device=device)
-        attention = Attention(paid, none, paid.sum(1))
+        attention = unpaid(none, max(len(s.source) for s in sentences))
     return Columns(
         facts=facts_of(sentences, clock, device),
         previous=torch.full((n, width), bos, device=device),
@@ -125,6 +125,13 @@ def new_columns(
         attention=attention,
         draws=Draws.of(sentences, device) if samples else None,
     )
+
+
+def unpaid(origins: Tensor, source: int) -> Attention:
+    """Before any step; `origins` [N, K, T], sources of so many tokens."""
+    n, width, room = origins.shape
+    paid = torch.zeros((n, room, width, source), dtype=torch.half, device=origins.device)
+    return Attention(paid, origins, paid.new_zeros((n, width, source), dtype=torch.float))
 
 
 def overwrite(
@@ -168,13 +175,11 @@ def reset_scores(scores: Tensor, at: int | Tensor | None) -> Tensor:
 def equipped(columns: Columns, attends: bool, samples: bool) -> Columns:
     """With tables for attention that is read, and for tokens that are drawn, where there are none
     yet; of the sentences that are there none asks for them."""
-    n, width, room = columns.tokens.shape
-    device = columns.facts.device
+    n, device = len(columns.tokens), columns.facts.device
     if samples and columns.draws is None:
         columns = dataclasses.replace(columns, draws=Draws.none(n, device))
     if attends and columns.attention is None:
-        paid = torch.zeros((n, room, width, 0), device=device)
-        attention = Attention(paid, torch.zeros_like(columns.tokens), paid.sum(1))
+        attention = unpaid(torch.zeros_like(columns.tokens), 0)
         finished = columns.finished
         if finished is not None:
             finished = dataclasses.replace(finished, origins=torch.zeros_like(finished.tokens))

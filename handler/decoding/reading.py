@@ -1,5 +1,6 @@
 """Reads what a lane has of sentences, for whoever asked: answers, and what is committed."""
 
+import ctypes
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,7 +12,15 @@ from torch import Tensor
 from handler.decoding.columns import Columns, Fact
 from handler.decoding.constraints import NEVER
 from handler.decoding.search import coverage
-from handler.decoding.sentence import NO_TOKEN, NOT_FINITE, Event, Reason, Result, Sentence
+from handler.decoding.sentence import (
+    NO_TOKEN,
+    NOT_FINITE,
+    Alignment,
+    Event,
+    Reason,
+    Result,
+    Sentence,
+)
 
 
 def answers(
@@ -122,10 +131,17 @@ class Read:
         sentence, attention, alignment = self.sentences[i], self.columns.attention, None
         if sentence.options.return_alignments and attention is not None and origins is not None:
             steps = torch.arange(len(tokens), device=origins.device)
-            paid = attention.paid[self.places[i], steps, origins[: len(tokens)]]
-            alignment = paid[:, : len(sentence.source)].tolist()
+            length = len(sentence.source)
+            paid = attention.paid[self.places[i], steps, origins[: len(tokens)], :length]
+            alignment = Alignment(length, raw(paid))
         known = sentence.scored
         return Result(tokens, reason, total if known else None, score if known else None, alignment)
+
+
+def raw(table: Tensor) -> bytes:
+    """The numbers of a table, row by row."""
+    table = table.cpu().contiguous()
+    return ctypes.string_at(table.data_ptr(), table.nbytes)
 
 
 def by_score(result: Result) -> float:

@@ -206,7 +206,9 @@ class Runner:
         - logits, and the larger copies that drawing makes of them;
         - tokens of the live hypothesis and of a finished one, for up to twice the longest target,
           each written, copied and made longer;
-        - where a model has attention, what each target token may pay, for those who ask;
+        - the tokens of both as Python's numbers, when it ends;
+        - where a model has attention, what each target token may pay, in half precision, written
+          and made longer, for those who ask;
         - attended memory: tables at most 4 times as large as need be, and who is encoded ahead.
         """
         model = self.model
@@ -215,9 +217,9 @@ class Runner:
         source, target = model.max_source_length, 2 * max(model.max_target_length, LEAST_ROOM)
         row = 4 * sum(t.nbytes for t in state)
         row += model.target_vocabulary * (2 * state[0].element_size() + 4 * 8)
-        row += 2 * 3 * 8 * target
+        row += 2 * 3 * 8 * target + 40 * target
         if model.has_attention:
-            row += 2 * 4 * target * source
+            row += 2 * 2 * target * source
         sentences = 4 * rows + max(ENCODED_AHEAD, rows)
         buffers = int(getattr(model, "most_bytes", 0))
         return rows * row + sentences * source * attended + buffers

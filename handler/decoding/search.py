@@ -211,10 +211,11 @@ def written(columns: Columns, log: list[Said], made: Tensor) -> Columns:
 
 def paying(attention: Attention, paid: Tensor, made: Tensor) -> Attention:
     """With the attention of a step [N, K, S], before its hypotheses are chosen."""
-    paid, width = paid.to(attention.paid.dtype), attention.covered.size(2)
+    paid, width = paid.to(attention.covered.dtype), attention.covered.size(2)
     if paid.size(2) < width:
         paid = padded(paid, [*paid.shape[:2], width])
-    attention.paid[torch.arange(paid.size(0), device=paid.device), made] = paid
+    of_step = torch.arange(paid.size(0), device=paid.device), made
+    attention.paid[of_step] = paid.to(attention.paid.dtype)
     return dataclasses.replace(attention, covered=attention.covered + paid)
 
 

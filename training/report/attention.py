@@ -68,6 +68,6 @@ def alignments(
                 tokens = result.tokens
                 found.append(Alignment(
                     i, source.pieces(ids), target.pieces(tokens), target.decode(tokens),
-                    result.alignment,
+                    [list(row) for row in result.alignment],
                 ))  # fmt: skip
     return origin.step, found
