@@ -7,7 +7,7 @@ known how many its sentences are, they count as waiting.
 import dataclasses
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from handler import costs
@@ -115,7 +115,7 @@ class Admission:
         self.reserve(pending, count)
         for i, whole in enumerate(texts):
             segments: list[Segment] = []
-            sources: list[array[int]] = []
+            sources: list[Sequence[int]] = []
             for sentence in whole:
                 if not sentence.text.strip():
                     segments.append(sentence)
@@ -284,7 +284,7 @@ class Admission:
             "request; send them in several",
         )
 
-    def tokens(self, text: str, known: list[int] | None, where: str) -> Work[array[int]]:
+    def tokens(self, text: str, known: list[int] | None, where: str) -> Work[Sequence[int]]:
         """Ids of a sentence, with EOS; none where nothing is left of it.
 
         Args:
