@@ -7,7 +7,7 @@ known how many its sentences are, they count as waiting.
 import dataclasses
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from handler import costs
@@ -108,7 +108,7 @@ class Admission:
                 yield
         self.reserve(pending, count)
         for i, segments in enumerate(texts):
-            sources: list[array[int]] = []
+            sources: list[Sequence[int]] = []
             for segment in segments:
                 if segment.text.strip():
                     ids = yield from self.tokens(segment.text, place(request.texts, i))

@@ -27,7 +27,7 @@ Note = Callable[[int], None]  # of so many bytes that have been written
 class Kept:
     """What is told of a `Result`, in as little memory as it needs."""
 
-    tokens: array[int]
+    tokens: Sequence[int]
     finish_reason: Reason
     score: float | None
     alignment: Alignment | None
