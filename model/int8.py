@@ -5,9 +5,10 @@ Weights are int8 with one scale for each output channel. What they are multiplie
 
     q(x) = round(127 x / max |x|),   x W^T + b ~ (q(x) . W_q) * (max |x| / 127 * scale) + b
 
-Both W_q and q(x) are integers, whose products are exact in float32 up to 1,040 inputs. So the two
-ways in which `Int8Projection` computes agree to the last bit up to there: torch's own operators,
-everywhere, and those of `model/native`, where `pack` is told that they are there.
+Both W_q and q(x) are integers, whose products are exact in float32 up to 1,040 inputs; more are
+added up in pieces. So the two ways in which `Int8Projection` computes agree to the last bit:
+torch's own operators, everywhere, and those of `model/native`, where `pack` is told that they are
+there.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 GROUP, PANEL, DEPTH = 64, 16, 64  # of model/native/kernels.h
+EXACT = 1040  # inputs whose products of 127 by 127 add up to less than 2^24
 LEAST = 1e-30  # what is smaller counts as zero, as 127 over it need not be finite
 
 
@@ -36,6 +38,16 @@ def activations(x: Tensor, least: float = LEAST) -> tuple[Tensor, Tensor]:
     range_ = x.abs().amax(1, keepdim=True)
     inverse = torch.where(range_ > least, 127.0 / range_, 0.0)
     return (x * inverse).round(), range_ / 127.0
+
+
+def product(q: Tensor, weight: Tensor, exact: int = EXACT) -> Tensor:
+    """Whole numbers [R, in] by whole numbers [out, in], rounded once: the same in any order."""
+    if q.size(1) <= exact:
+        return functional.linear(q, weight)
+    whole = torch.zeros([q.size(0), weight.size(0)], dtype=torch.double, device=q.device)
+    for some, piece in zip(q.split(exact, 1), weight.split(exact, 1)):
+        whole += functional.linear(some, piece)
+    return whole.to(q.dtype)
 
 
 def packed_for_native(
@@ -127,7 +139,7 @@ class Int8Projection(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         q, scale = activations(x)
-        return functional.linear(q, self.weight.to(q.dtype)) * (scale * self.scale) + self.bias
+        return product(q, self.weight.to(q.dtype)) * (scale * self.scale) + self.bias
 
     @torch.jit.export
     def table(self, words: Tensor, native: bool) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.int8 import Int8Projection
+from model.lstm import gated, in_order
 from model.network import reversed_within
 
 
@@ -49,19 +50,6 @@ class Int8Cell(nn.Module):
         if self.input is not None and self.table.numel() == 0:
             self.table = self.input.table(words, native)
         self.gates.pack(native)
-
-
-def gated(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Gates [R, 4H] in the order i, f, o, g and c [R, H] -> the next h and c."""
-    i, f, o, g = gates.chunk(4, 1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-def in_order(weight: Tensor) -> Tensor:
-    """nn.LSTM's gates [4H, ...], i f g o, in the order i, f, o, g."""
-    i, f, g, o = weight.chunk(4)
-    return torch.cat([i, f, o, g])
 
 
 class Int8Layer(nn.Module):

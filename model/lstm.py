@@ -1,14 +1,14 @@
 """A stack of LSTM layers, run over whole sequences (training) or one step at a time (decoding)."""
 
-from typing import Final
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from model.dropout import Dropout, dropped
+from model.projection import Projection
 from model.recurrence import Recurrence
+from model.rows import sigmoid
 
 
 class LSTMStack(nn.Module):
@@ -172,42 +172,6 @@ class AfterLayer(nn.Module):
         return self.norm(y)
 
 
-class Projection(nn.Module):
-    """y = x W^T + b: the one place where a decoding step multiplies by weights.
-
-    `pack` puts W into oneDNN's blocked layout, which makes a product of few rows on a CPU up to
-    twice as fast, and each row of it the same to the last bit whatever rows are beside it.
-    """
-
-    # oneDNN's hint, in rows: packed for one row, larger batches would be slower; not reversely.
-    packed_for: Final[int] = 64
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.detach())
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.packed = torch.empty(0)
-
-    weight: Tensor  # [out, in]; empty once packed
-    bias: Tensor | None  # [out]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [R, in] -> [R, out]."""
-        if self.packed.numel() > 0:
-            scalars = torch.jit.annotate(list[int | float | complex | None], [])
-            return torch.ops.mkldnn._linear_pointwise(
-                x, self.packed, self.bias, "none", scalars, ""
-            )
-        return functional.linear(x, self.weight, self.bias)
-
-    @torch.jit.export
-    def pack(self) -> None:
-        if self.packed.numel() == 0 and self.weight.dtype == torch.float32:
-            weight = self.weight
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, self.packed_for)
-            self.weight = torch.empty(0)
-
-
 class Cell(nn.Module):
     """One LSTM layer for one step, as one matrix product over input and state together.
 
@@ -223,9 +187,8 @@ class Cell(nn.Module):
     ) -> None:
         super().__init__()
         weight = torch.cat([weight_ih, weight_hh], 1)  # [4H, input + H]
-        i, f, g, o = torch.arange(weight.size(0)).chunk(4)
-        order = torch.cat([i, f, o, g])  # the three sigmoids side by side
-        self.gates = Projection(weight[order], (bias_ih + bias_hh)[order])
+        bias = bias_ih + bias_hh
+        self.gates = Projection(in_order(weight), in_order(bias), weight_hh.size(1))
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """x [R, input], h and c [R, H] -> the next h and c [R, H]."""
@@ -234,13 +197,28 @@ class Cell(nn.Module):
             return torch.ops.seq2serve.lstm_pointwise(
                 functional.linear(x, of_input), functional.linear(h, of_state), self.gates.bias, c
             )
-        gates = self.gates(torch.cat([x, h], 1))  # [R, 4H]
-        size = h.size(1)
-        i, f, o = torch.sigmoid(gates[:, : 3 * size]).chunk(3, 1)
-        g = torch.tanh(gates[:, 3 * size :])
-        c = torch.addcmul(f * c, i, g)
-        return o * torch.tanh(c), c
+        if len(self.gates.native) > 0:
+            return torch.ops.seq2serve.float_cell(
+                x, h.contiguous(), c.contiguous(), self.gates.native
+            )
+        return gated(self.gates(torch.cat([x, h], 1)), c)
 
     @torch.jit.export
-    def pack(self) -> None:
-        self.gates.pack()
+    def pack(self, native: bool, onednn: bool, tiles: bool) -> bool:
+        return self.gates.pack(native, onednn, tiles)
+
+
+def in_order(gates: Tensor) -> Tensor:
+    """nn.LSTM's gates [4H, ...], i f g o, as cells have them: i, f, o, g, the three sigmoids side
+    by side."""
+    i, f, g, o = gates.chunk(4)
+    return torch.cat([i, f, o, g])
+
+
+def gated(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates [R, 4H] in the order i, f, o, g and c [R, H] -> the next h and c. Every operation
+    rounds an element in the same way wherever it stands."""
+    size = c.size(1)
+    i, f, o = sigmoid(gates[:, : 3 * size]).chunk(3, 1)
+    c = f * c + i * torch.tanh(gates[:, 3 * size :])
+    return o * torch.tanh(c), c

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from model.int8 import Int8Embedding, Int8Projection, rows_for_native
+from model.encoding import ServingEncoder
 from model.int8_lstm import Int8Cell, Int8Layer
 from model.lstm import Cell, LSTMStack
-from model.network import Bridge, Encoder, attend, positions, reversed_within
-from model.serving import Ensemble, Memory, Readout, ServingModel
+from model.network import positions, reversed_within
+from model.projection import Projection
+from model.rows import attend
+from model.serving import Ensemble, Memory, Readout, ServingBridge, ServingModel
 from model.shortlist import Shortlist
 
 FOLDED_BYTES = 1 << 28  # the largest table that a first layer is folded into
@@ -22,7 +25,7 @@ FOLDED_BYTES = 1 << 28  # the largest table that a first layer is folded into
 class Int8Encoder(nn.Module):
     """See `model.network.Encoder`."""
 
-    def __init__(self, encoder: Encoder, embedding: Int8Embedding) -> None:
+    def __init__(self, encoder: ServingEncoder, embedding: Int8Embedding) -> None:
         super().__init__()
         self.reverse = encoder.reverse
         self.embedding = embedding
@@ -78,11 +81,11 @@ def fits(embedding: Int8Embedding, gates: int) -> bool:
 class Int8Bridge(nn.Module):
     """See `model.network.Bridge`."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: ServingBridge) -> None:
         super().__init__()
         self.layers = bridge.layers
         self.h, self.c = None, None
-        if isinstance(bridge.h, nn.Linear) and isinstance(bridge.c, nn.Linear):
+        if isinstance(bridge.h, Projection) and isinstance(bridge.c, Projection):
             self.h = Int8Projection(bridge.h.weight, bridge.h.bias)
             self.c = Int8Projection(bridge.c.weight, bridge.c.bias)
 
@@ -101,12 +104,12 @@ class Int8Bridge(nn.Module):
 class Int8Readout(nn.Module):
     """See `model.serving.Readout`; keys and values are made here too."""
 
-    def __init__(self, readout: Readout, key: nn.Linear, value: nn.Linear) -> None:
+    def __init__(self, readout: Readout) -> None:
         super().__init__()
         self.heads = readout.heads
         self.score = readout.score
-        self.key = Int8Projection(key.weight, None)
-        self.value = Int8Projection(value.weight, None)
+        self.key = Int8Projection(readout.key.weight, None)
+        self.value = Int8Projection(readout.value.weight, None)
         self.query = Int8Projection(readout.query.weight, None)
         self.readout = Int8Projection(readout.readout.weight, readout.readout.bias)
 
@@ -123,6 +126,11 @@ class Int8Readout(nn.Module):
         native = len(self.readout.packed) > 0
         if native and self.score is None:
             context, weights = torch.ops.seq2serve.attend(query, keys, values, mask, self.heads)
+        elif native:
+            score = self.score
+            context, weights = torch.ops.seq2serve.float_attend(
+                query, keys, values, mask, torch.empty(0) if score is None else score, self.heads
+            )
         else:
             context, weights = attend(query, keys, values, mask, self.heads, self.score)
         flat = context.flatten(0, 1)
@@ -176,6 +184,9 @@ class QuantizedModel(nn.Module):
         self.has_attention = model.has_attention
         self.card = model.card
         self.fused = False  # whether `best` can be called
+        # Whether a row is the same in any company: products of whole numbers are, and the rest is
+        # computed as if a row was alone.
+        self.invariant = True
         self.shortlisted = shortlist is not None  # whether `allowed` can be
         self.shortlist = shortlist
         self.embedding = Int8Embedding(model.embedding.weight)
@@ -195,8 +206,8 @@ class QuantizedModel(nn.Module):
             if first:
                 self.embeds = bool(self.after[0].residual)
         self.readout = None
-        if model.readout is not None and model.key is not None and model.value is not None:
-            self.readout = Int8Readout(model.readout, model.key, model.value)
+        if model.readout is not None:
+            self.readout = Int8Readout(model.readout)
         self.generator = Int8Projection(model.generator.weight, model.generator.bias)
         if model.generator.weight.data_ptr() == model.embedding.weight.data_ptr():
             self.generator.weight, self.generator.scale = self.embedding.rows, self.embedding.scale
@@ -321,7 +332,7 @@ class QuantizedModel(nn.Module):
         return tensors, numbers
 
     @torch.jit.export
-    def pack(self, native: bool, onednn: bool) -> None:
+    def pack(self, native: bool, onednn: bool, tiles: bool = True) -> None:
         """See `ServingModel.pack`."""
         self.encoder.pack(native)
         self.bridge.pack(native)

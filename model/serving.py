@@ -18,10 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.lstm import Projection
-from model.network import Attention, Network, attend, positions, reversed_within
+from model import rows
+from model.encoding import ServingEncoder
+from model.network import Attention, Bridge, Network, attend, positions, reversed_within
+from model.projection import Projection
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 ATTENDED, INITIAL = 3, 2  # tensors of memory in each half, for one model
 
 
@@ -46,6 +48,31 @@ class SpecialTokens:
     eos: int = 3
 
 
+class ServingBridge(nn.Module):
+    """See `model.network.Bridge`."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__()
+        self.layers = bridge.layers
+        self.h, self.c = None, None
+        if isinstance(bridge.h, nn.Linear) and isinstance(bridge.c, nn.Linear):
+            self.h = Projection(bridge.h.weight, bridge.h.bias)
+            self.c = Projection(bridge.c.weight, bridge.c.bias)
+
+    def forward(self, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        if self.h is not None and self.c is not None:
+            h, c = self.h.beside(h, h[:, :0], True), self.c(c)
+        return h.view(h.size(0), self.layers, -1), c.view(c.size(0), self.layers, -1)
+
+    @torch.jit.export
+    def pack(self, native: bool, onednn: bool, tiles: bool) -> bool:
+        """See `Projection.pack`."""
+        if self.h is not None and self.c is not None:
+            invariant = self.h.pack(native, onednn, tiles)
+            return self.c.pack(native, onednn, tiles) and invariant
+        return True
+
+
 class Readout(nn.Module):
     """`model.network.Attention` for one step, with its weights; the rows of a step are flat."""
 
@@ -53,8 +80,16 @@ class Readout(nn.Module):
         super().__init__()
         self.heads = attention.heads
         self.score = None if attention.score is None else nn.Parameter(attention.score.detach())
+        self.key = Projection(attention.key.weight, None)
+        self.value = Projection(attention.value.weight, None)
         self.query = Projection(attention.query.weight * attention.scale, None)
         self.readout = Projection(attention.readout.weight, attention.readout.bias)
+
+    def attended(self, y: Tensor) -> list[Tensor]:
+        """Encoder outputs [N, S, ...] -> keys and values [N, S, A]."""
+        n, s = y.size(0), y.size(1)
+        flat = y.flatten(0, 1)
+        return [self.key(flat).view(n, s, -1), self.value(flat).view(n, s, -1)]
 
     def forward(
         self, h: Tensor, hypotheses: int, keys: Tensor, values: Tensor, mask: Tensor
@@ -64,15 +99,24 @@ class Readout(nn.Module):
         query = self.query(h).view(keys.size(0), hypotheses, -1)  # [N, K, A]
         if query.is_cuda and self.score is None:  # one kernel: see handler/decoding/kernels.py
             context, weights = torch.ops.seq2serve.attend(query, keys, values, mask, self.heads)
-        else:
+        elif query.is_cuda:
             context, weights = attend(query, keys, values, mask, self.heads, self.score)
-        features = torch.tanh(self.readout(torch.cat([h, context.flatten(0, 1)], 1)))
-        return features, weights
+        elif len(self.query.native) > 0:
+            score = self.score
+            context, weights = torch.ops.seq2serve.float_attend(
+                query, keys, values, mask, torch.empty(0) if score is None else score, self.heads
+            )
+        else:
+            context, weights = rows.attend(query, keys, values, mask, self.heads, self.score)
+        return self.readout.beside(h, context.flatten(0, 1), True), weights
 
     @torch.jit.export
-    def pack(self) -> None:
-        self.query.pack()
-        self.readout.pack()
+    def pack(self, native: bool, onednn: bool, tiles: bool) -> bool:
+        """See `Projection.pack`."""
+        invariant = self.key.pack(native, onednn, tiles)
+        invariant = self.value.pack(native, onednn, tiles) and invariant
+        invariant = self.query.pack(native, onednn, tiles) and invariant
+        return self.readout.pack(native, onednn, tiles) and invariant
 
 
 class ServingModel(nn.Module):
@@ -103,14 +147,12 @@ class ServingModel(nn.Module):
         self.max_target_length = max_target_length
         self.has_attention = network.attention is not None
         self.card = card
-        self.encoder = network.encoder
-        self.bridge = network.bridge
+        self.invariant = False  # whether a row is the same, to the bit, in any company
+        self.encoder = ServingEncoder(network.encoder)
+        self.bridge = ServingBridge(network.bridge)
         self.embedding = network.embedding
         self.cells, self.after = network.decoder.cells()
-        self.key, self.value, self.readout = None, None, None
-        if network.attention is not None:
-            self.key, self.value = network.attention.key, network.attention.value
-            self.readout = Readout(network.attention)
+        self.readout = None if network.attention is None else Readout(network.attention)
         self.generator = Projection(network.generator.weight, network.generator.bias)
         self.eval()
 
@@ -124,10 +166,11 @@ class ServingModel(nn.Module):
         y, h, c = self.encoder(source, lengths)
         h0, c0 = self.bridge(h, c)
         attended: list[Tensor] = []
-        if self.key is not None and self.value is not None:
+        if self.readout is not None:
             if self.encoder.reverse:  # position i of the memory is source token i
                 y = reversed_within(y, lengths)
-            attended = [self.key(y), self.value(y), positions(source, lengths)]
+            attended = self.readout.attended(y)
+            attended.append(positions(source, lengths))
         return Memory(attended, [h0, c0])
 
     @torch.jit.export
@@ -171,20 +214,22 @@ class ServingModel(nn.Module):
         return logits, hs + cs, weights
 
     @torch.jit.export
-    def pack(self, native: bool, onednn: bool) -> None:
-        """Lay the weights of `step` out as the device multiplies them. Not to be saved after it.
+    def pack(self, native: bool, onednn: bool, tiles: bool = True) -> None:
+        """Lay the weights out as the device multiplies them. Not to be saved after it.
 
         Args:
-            native: for the operators of `model/native`, which only int8 weights have.
+            native: for the operators of `model/native`.
             onednn: for oneDNN on a CPU, see `Projection`.
+            tiles: compute in tiles of a constant number of rows where a row would otherwise depend
+                on those beside it.
         """
-        if not onednn:
-            return
+        invariant = self.encoder.pack(native, onednn, tiles)
+        invariant = self.bridge.pack(native, onednn, tiles) and invariant
         for cell in self.cells:
-            cell.pack()  # type: ignore[operator]
+            invariant = cell.pack(native, onednn, tiles) and invariant  # type: ignore[operator]
         if self.readout is not None:
-            self.readout.pack()
-        self.generator.pack()
+            invariant = self.readout.pack(native, onednn, tiles) and invariant
+        self.invariant = self.generator.pack(native, onednn, tiles) and invariant
 
 
 class Ensemble(nn.Module):
@@ -208,6 +253,7 @@ class Ensemble(nn.Module):
         self.max_target_length = min(m.max_target_length for m in members)
         self.has_attention = any(m.has_attention for m in members)
         self.card = card
+        self.invariant = False  # see `ServingModel`
         self.members = nn.ModuleList(members)  # which mypy takes for plain modules below
         # How many tensors of memory and state belong to each member.
         self.attended = [ATTENDED if m.has_attention else 0 for m in members]
@@ -256,16 +302,19 @@ class Ensemble(nn.Module):
             after += own
             if weights.size(2) > 0:
                 attention.append(weights)
-        mean = torch.logsumexp(torch.stack(log_probabilities), 0) - math.log(len(self.members))
+        mean = rows.logsumexp(torch.stack(log_probabilities)) - math.log(len(self.members))
         if len(attention) == 0:
             return mean, after, mean[:, :, :0]
-        return mean, after, torch.stack(attention).mean(0)
+        return mean, after, rows.total(torch.stack(attention)) / len(attention)
 
     @torch.jit.export
-    def pack(self, native: bool, onednn: bool) -> None:
+    def pack(self, native: bool, onednn: bool, tiles: bool = True) -> None:
         """See `ServingModel.pack`."""
+        invariant = True
         for member in self.members:
-            member.pack(native, onednn)  # type: ignore[operator]
+            member.pack(native, onednn, tiles)  # type: ignore[operator]
+            invariant = member.invariant and invariant
+        self.invariant = invariant
 
 
 def scripted(model: nn.Module) -> torch.jit.ScriptModule:

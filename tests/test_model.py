@@ -281,43 +281,24 @@ def test_packed_weights_change_nothing_and_may_be_packed_twice(name, tmp_path):
     plain, model = build(name).float(), build(name).float()
     path = str(tmp_path / "model.pt")
     scripted(model).save(path)
-    loaded = load(path, torch.device("cpu"))
+    scripted_again = torch.jit.load(path)
     source, lengths = sentences(8, 4, 6)
     choices = torch.randint(4, VOCABULARY, (3, 4, 2))
     with torch.inference_mode():
         expected = run_steps(plain, source, lengths, choices)
-        packed_once = run_steps(packed(model, torch.device("cpu")), source, lengths, choices)
+        model.pack(False, True)
+        packed_once = run_steps(model, source, lengths, choices)
         torch.testing.assert_close(packed_once, expected, rtol=1e-3, atol=1e-3)
-        for again in (packed(model, torch.device("cpu")), loaded):
+        for again in (model, scripted_again):
             again.pack(False, True)
             assert torch.equal(run_steps(again, source, lengths, choices), packed_once)
-    for one in (model, loaded):
+    for one in (model, scripted_again):
+        assert one.invariant
         one = next(one.members.children()) if name in ENSEMBLES else one
-        assert one.generator.packed.is_mkldnn
+        assert one.generator.blocked[0].is_mkldnn
         assert one.generator.weight.numel() == 0
     doubled = packed(build(name), torch.device("cpu"))
     assert run_steps(doubled, source, lengths, choices).dtype == torch.double
-
-
-@needs_onednn
-@pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=10)
-@given(seed=st.integers(0, 999), rows=st.integers(1, 150), width=st.integers(1, 4))
-def test_a_packed_row_is_the_same_to_the_last_bit_whatever_is_beside_it(name, seed, rows, width):
-    model = packed(build(name).float(), torch.device("cpu"))
-    source = torch.randint(4, VOCABULARY, (rows, 6), generator=torch.manual_seed(seed))
-    lengths = torch.full((rows,), 6)
-    previous = torch.randint(4, VOCABULARY, (rows, width))
-    with torch.inference_mode():
-        memory = model.encode(source, lengths)
-        state = [t.repeat_interleave(width, 0) for t in model.start(memory)]
-        together, after, _ = model.step(previous, state, memory)
-        for i in {0, rows // 2, rows - 1}:
-            own = type(memory)([t[i : i + 1] for t in memory.attended], [])
-            mine = slice(i * width, (i + 1) * width)
-            logits, alone, _ = model.step(previous[i : i + 1], [t[mine] for t in state], own)
-            assert torch.equal(logits[0], together[i])
-            assert all(torch.equal(one, every[mine]) for one, every in zip(alone, after))
 
 
 @needs_onednn
@@ -329,7 +310,7 @@ def test_a_packed_product_is_row_by_row(seed, rows, wide, out):
     projection = Projection(torch.randn(out, wide), torch.randn(out))
     x = torch.randn(rows, wide)
     expected = projection(x)
-    projection.pack()
+    assert projection.pack(False, True, True)
     together = projection(x)
     torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)
     for some in (slice(0, 1), slice(rows - 1, rows), slice(rows // 3, rows // 2 + 1)):

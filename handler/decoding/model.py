@@ -14,7 +14,10 @@ from handler.decoding.rows import sent
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSIONS = (3, 4)  # from 4 on, steps on a GPU call the operators of kernels.py
+# From 4 on, steps on a GPU call the operators of kernels.py; from 5 on, a CPU computes each row as if
+# it was alone.
+FORMAT_VERSIONS = (3, 4, 5)
+BY_ROWS = 5
 CUDNN_LSTM = 2  # cuDNN's number of this kind of network
 Weights = Literal["auto", "float32", "float16", "bfloat16"]
 TENSOR_CORES = (7, 0)  # the least capability of a GPU that multiplies half precision fast
@@ -47,7 +50,7 @@ class SequenceModel(Protocol):
     max_source_length: int
     max_target_length: int
     has_attention: bool
-    card: str  # JSON
+    card: str  # JSON; beside it may be `invariant`, bool: whether a row is the same in any company
 
     def encode(self, source: Tensor, lengths: Tensor) -> Any: ...
 
@@ -69,12 +72,14 @@ class FusedModel(SequenceModel, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]: ...
 
 
-def load(path: str, device: torch.device, weights: Weights | None = None) -> Any:
+def load(
+    path: str, device: torch.device, weights: Weights | None = None, tiles: bool = True
+) -> Any:
     """The TorchScript model at `path`, laid out for `device`. Native operators that lie beside it
     are used; on a GPU the kernels of kernels.py, which are compiled here.
 
     Args:
-        weights: see `converted`.
+        weights: see `converted`. tiles: see `packed`.
 
     Raises:
         ValueError: a file of another format version, or weights that cannot be had.
@@ -96,7 +101,7 @@ def load(path: str, device: torch.device, weights: Weights | None = None) -> Any
             f"{path}: format version {version}; this code reads versions {known}: "
             "export the model again with the code that serves it"
         )
-    model = packed(converted(model.eval(), device, weights), device)
+    model = packed(converted(model.eval(), device, weights), device, tiles)
     if device.type != "cuda":
         return model
     flatten(model)
@@ -181,10 +186,26 @@ def automatic(model: Any, device: torch.device) -> Weights | None:
     return "float16" if fast else None
 
 
-def packed(model: Any, device: torch.device) -> Any:
-    """`model` with the weights of its steps in the layout that `device` multiplies fastest."""
+def packed(model: Any, device: torch.device, tiles: bool = True) -> Any:
+    """`model` with the weights of its steps in the layout that `device` multiplies fastest.
+
+    Args:
+        tiles: on a CPU, compute in tiles of a constant number of rows where a row would otherwise
+            depend on those beside it.
+    """
     cpu = device.type == "cpu"
-    model.pack(cpu and bool(native.enabled()), cpu and torch.backends.mkldnn.is_available())
+    by_rows = model.format_version >= BY_ROWS
+    use_native = cpu and bool(native.enabled()) and (not by_rows or native.implements("float_linear"))
+    onednn = cpu and torch.backends.mkldnn.is_available()
+    if not by_rows:
+        model.pack(use_native, onednn)
+        return model
+    model.pack(use_native, onednn, tiles)
+    if cpu and not model.invariant and weight_type(model) == torch.float32:
+        logger.warning(
+            "a sentence may depend on those beside it in its last bits: torch's products of this "
+            "processor go in no constant order, and there is no library of native operators"
+        )
     return model
 
 

@@ -16,6 +16,15 @@ logger = logging.getLogger(__name__)
 # has to load, and never calls them. They are never taken back: functions that TorchScript has
 # compiled hold on to them.
 SCHEMAS = {
+    # Of float32_operators.cpp: see model/projection.py and model/encoding.py.
+    "seq2serve::float_use": "(str name) -> str",
+    "seq2serve::float_linear": "(Tensor x, Tensor more, Tensor[] packed, int size, bool tanh) -> "
+    "Tensor",
+    "seq2serve::float_cell": "(Tensor x, Tensor h, Tensor c, Tensor[] packed) -> (Tensor, Tensor)",
+    "seq2serve::float_layer": "(Tensor added, Tensor sizes, Tensor[] packed, int size, "
+    "bool backwards) -> (Tensor, Tensor, Tensor)",
+    "seq2serve::float_attend": "(Tensor query, Tensor keys, Tensor values, Tensor mask, "
+    "Tensor score, int heads) -> (Tensor, Tensor)",
     "seq2serve::use": "(str name) -> str",
     "seq2serve::cell": "(Tensor x, Tensor tokens, Tensor table, Tensor h, Tensor c, "
     "Tensor[] packed) -> (Tensor, Tensor)",
@@ -55,10 +64,17 @@ def enabled() -> str:
     return _kernels
 
 
+def implements(name: str) -> bool:
+    """Whether an operator has code: one that is only declared, or that the library of an older
+    export does not have, has none."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"seq2serve::{name}", "CompositeExplicitAutograd"
+    )
+
+
 def searches() -> bool:
     """Whether the library has the operators of lanes, which those of former versions have not."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return bool(_kernels) and has("seq2serve::decode", "CompositeExplicitAutograd")
+    return bool(_kernels) and implements("decode")
 
 
 def enable(folder: Path) -> str:

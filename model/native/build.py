@@ -19,6 +19,7 @@ AVX512 = (
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
     "-mprefer-vector-width=512",
 )  # fmt: skip
+FLOAT_AVX512 = tuple(flag for flag in AVX512 if "vnni" not in flag)
 FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512,
@@ -28,6 +29,9 @@ FLAGS = {
     "operators": (),
     "lanes": (),
     "decode": (),
+    "float32_avx2": ("-mavx2", "-mfma"),
+    "float32_avx512": FLOAT_AVX512,
+    "float32_operators": (),
 }
 MACHINES = ("x86_64", "amd64")
 

@@ -1,0 +1,48 @@
+// float32 with AVX-512.
+#include <immintrin.h>
+
+#include <cstddef>
+
+namespace seq2serve {
+namespace {
+
+constexpr int BLOCK = 6;  // 24 of the 32 registers hold sums, 4 hold weights
+
+template <int ROWS>
+void product_of(const float* x, size_t stride, const float* w, int depth, size_t ahead, float* c) {
+  __m512 sums[ROWS][4];
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < 4; ++p) sums[r][p] = _mm512_setzero_ps();
+  for (int k = 0; k < depth; ++k, w += 64) {
+    __m512 weights[4];
+    for (int p = 0; p < 4; ++p) {
+      weights[p] = _mm512_loadu_ps(w + p * 16);
+      _mm_prefetch(reinterpret_cast<const char*>(w + ahead + p * 16), _MM_HINT_T0);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512 input = _mm512_set1_ps(x[r * stride + k]);
+      for (int p = 0; p < 4; ++p) sums[r][p] = _mm512_fmadd_ps(input, weights[p], sums[r][p]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < 4; ++p) _mm512_storeu_ps(c + r * 64 + p * 16, sums[r][p]);
+}
+
+void product(const float* x, size_t stride, int rows, const float* w, int depth, size_t ahead, float* c) {
+  static constexpr decltype(&product_of<1>) of[BLOCK] = {
+      product_of<1>, product_of<2>, product_of<3>, product_of<4>, product_of<5>, product_of<6>};
+  of[rows - 1](x, stride, w, depth, ahead, c);
+}
+
+typedef float Sixteen __attribute__((vector_size(64)));
+
+inline Sixteen fused(Sixteen a, Sixteen b, Sixteen c) {
+  return (Sixteen)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+}  // namespace
+}  // namespace seq2serve
+
+#include "float32_body.h"
+
+const seq2serve::FloatKernels seq2serve::float_avx512 = {"avx512", linear, cell, attend};
