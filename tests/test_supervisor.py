@@ -270,6 +270,7 @@ def test_a_life_from_the_start_to_an_end_that_loses_nothing(toy):
         assert figures.pop("seq2serve_live_requests") == 0
         assert figures == {
             "seq2serve_ready": 1, "seq2serve_draining": 0, "seq2serve_worker_restarts_total": 0,
+            "seq2serve_front_restarts_total": 0,
             "seq2serve_pending_requests": 0, "seq2serve_model_info": 1,
         }
 
