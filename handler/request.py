@@ -8,6 +8,7 @@ from typing import Literal
 from handler.decoding.options import DecodingOptions
 from handler.doors import DOORS, Door, Native, PlainText
 from handler.fields import FieldError, read, shown
+from handler.tokenizer import blank
 
 JSON = "application/json"
 TEXT = "text/plain"
@@ -74,7 +75,8 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
     """The request in `body`.
 
     `application/json` is `{"text": string or list of strings, <options>}`, or one of the shapes of
-    KServe; `text/plain` is one sentence a line, UTF-8, where a blank line is answered by one.
+    KServe; `text/plain` is one sentence a line, UTF-8, where a line that shows nothing is answered
+    by a blank one.
 
     Args:
         content_type: of the HTTP header; parameters after `;` are allowed. Without one it is
@@ -96,9 +98,9 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
             raise refusal.at(door_of(given)()) from None
     elif kind == TEXT:
         lines = decoded_text(body).removesuffix("\n").split("\n")
-        texts = [line.removesuffix("\r") for line in lines]
+        texts = ["" if blank(line) else line.removesuffix("\r") for line in lines]
         request = TranslationRequest(texts, RequestOptions(), PlainText())
-        check_texts(texts, blank=any(text.strip() for text in texts))
+        check_texts(texts, blank=True)
     else:
         raise Refusal(
             400, "InvalidContentType",

@@ -7,14 +7,14 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, address, curl, translate
+from server.client import DEFAULT_TIMEOUT, DEFAULT_URL, address, curl, translate, translate_lines
 from server.errors import ServerError
+from server.lines import Line, checked, read, translated
 from server.output import STDERR, STDOUT
 from server.process import ending_signals
 from server.supervisor import add_flags, add_verbose, options_of, supervise
@@ -22,8 +22,6 @@ from server.torchserve import ServerOptions, TorchServe
 
 # Of `translate`: a variable, because every user of the machine sees the arguments of a command.
 TOKEN_VARIABLE = "SEQ2SERVE_TOKEN"
-# Enough to fill a server's batch, and little enough to answer long before the time-out.
-_LINES_PER_REQUEST = 64
 
 
 class _Stopped(BaseException):
@@ -146,32 +144,48 @@ def _say(line: str) -> None:
 
 def _translate(arguments: argparse.Namespace) -> int:
     token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    for stream in (sys.stdin, sys.stdout):
+    url, timeout = arguments.url, arguments.timeout
+    if isinstance(sys.stdout, io.TextIOWrapper):
         # A text can have any characters, whatever the terminal's locale.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+
+    def texts(sent: Sequence[bytes]) -> list[bytes]:
+        # The server refuses a blank text; here it keeps its line, so that lines stay in step.
+        spoken = [text.decode() for text in sent if text.strip()]
+        answer = translate(url, spoken, None, timeout, token) if spoken else {}
+        found = iter(answer.get("translations", []))
+        said: list[str] = [next(found)[0]["text"] if text.strip() else "" for text in sent]
+        return [text.replace("\n", " ").encode() for text in said]
+
+    def lines(sent: Sequence[bytes]) -> list[bytes]:
+        return translate_lines(url, sent, timeout, token)
+
+    given: Iterable[Line]
+    if arguments.text:
+        named, ask = "text", texts
+        given = (checked(Line(i, os.fsencode(text))) for i, text in enumerate(arguments.text, 1))
+    else:
+        named, ask, given = "line", lines, read(sys.stdin.buffer)
+    count = failed = 0
     try:
-        for texts in _batches(arguments.text or (line.rstrip("\n") for line in sys.stdin)):
-            # The server refuses a blank text; here it keeps its line, so that lines stay in step.
-            spoken = [text for text in texts if text.strip()]
-            answer: dict[str, Any] = {}
-            if spoken:
-                answer = translate(arguments.url, spoken, None, arguments.timeout, token)
-            found = iter(answer.get("translations", []))
-            for text in texts:
-                said: str = next(found)[0]["text"] if text.strip() else ""
-                _say(said.replace("\n", " "))
+        for line in translated(given, ask):
+            count += 1
+            if line.problem is not None:
+                failed += 1
+                print(f"{named} {line.number}: {line.problem}", file=sys.stderr, flush=True)
+            _say(line.text.decode(errors="replace"))
     except (LookupError, TypeError, AttributeError) as error:
-        raise ServerError(f"server {arguments.url} answered a translation without text") from error
-    except UnicodeDecodeError as error:
-        raise ServerError(f"standard input is not UTF-8 ({error}): convert it first") from error
+        raise ServerError(f"server {url} answered a translation without text") from error
+    except ServerError as error:
+        if not count:
+            raise
+        raise ServerError(f"{error}; {named}s up to {count} are translated") from error
+    if failed:
+        raise ServerError(
+            f"{failed} of {count} {named}s could not be translated: an empty line is in the place "
+            "of each"
+        )
     return 0
-
-
-def _batches(lines: Iterable[str]) -> Iterator[list[str]]:
-    rest = iter(lines)
-    while batch := list(islice(rest, _LINES_PER_REQUEST)):
-        yield batch
 
 
 if __name__ == "__main__":

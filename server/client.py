@@ -37,8 +37,14 @@ def translate(
     those of the REST API, such as beam_size, but no stream; `timeout` is in seconds; `token` is
     the bearer token of a server that wants one.
     """
-    body = json.dumps({**(options or {}), "text": list(texts)}).encode("utf-8")
-    answer = _post(address(url), body, timeout, token)
+    # Escapes would double what other scripts than the Latin take of the server's limit.
+    body = json.dumps({**(options or {}), "text": list(texts)}, ensure_ascii=False)
+    # Half a surrogate pair is sent as it is: the server says which text has one.
+    sent = body.encode("utf-8", errors="surrogatepass")
+    try:
+        answer = json.loads(_post(address(url), "application/json", sent, timeout, token))
+    except ValueError as error:
+        raise ServerError(f"server {url} answered no JSON ({error})") from error
     if not isinstance(answer, dict) or not isinstance(answer.get("translations"), list):
         raise ServerError(f"server {url} answered without translations: is it this project's?")
     if len(answer["translations"]) != len(texts):
@@ -49,22 +55,37 @@ def translate(
     return answer
 
 
+def translate_lines(
+    url: str, lines: Sequence[bytes], timeout: float = DEFAULT_TIMEOUT, token: str = ""
+) -> list[bytes]:
+    """Translate lines of UTF-8 with the server at `url`, each to one; a blank line stays blank."""
+    body = b"".join(line + b"\n" for line in lines)
+    answer = _post(address(url), "text/plain", body, timeout, token)
+    found = answer.removesuffix(b"\n").split(b"\n")
+    if len(found) != len(lines):
+        raise ServerError(
+            f"server {url} answered {len(found)} lines for {len(lines)}: is it this project's?"
+        )
+    return found
+
+
 def curl(url: str, text: str) -> str:
     """The command of a shell that asks the server at `url` to translate `text`."""
     body = shlex.quote(json.dumps({"text": [text]}, ensure_ascii=False))
     return f"curl {address(url)} -H 'Content-Type: application/json' -d {body}"
 
 
-def _post(url: str, body: bytes, timeout: float, token: str) -> Any:
+def _post(url: str, kind: str, body: bytes, timeout: float, token: str) -> bytes:
     if urlsplit(url).scheme not in ("http", "https"):
         raise ServerError(f"url is {url}: allowed is http://HOST:PORT or https://HOST:PORT")
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": kind}
     if token:
         headers["Authorization"] = f"Bearer {token}"
     request = urllib.request.Request(url, body, headers)
     try:
         with _opener(url).open(request, timeout=timeout) as reply:
-            return json.loads(reply.read())
+            answer: bytes = reply.read()
+            return answer
     except urllib.error.HTTPError as error:
         with error:
             raise _reply_error(error) from error
@@ -77,8 +98,6 @@ def _post(url: str, body: bytes, timeout: float, token: str) -> Any:
         raise ServerError(
             f"server {url} did not answer in {timeout:g} s: send less at once, or wait longer"
         ) from error
-    except ValueError as error:
-        raise ServerError(f"server {url} answered no JSON ({error})") from error
     except (OSError, http.client.HTTPException) as error:
         raise ServerError(
             f"server {url} broke off while it answered ({error}): send the request again"

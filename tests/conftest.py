@@ -42,6 +42,16 @@ JSON = {"Content-Type": "application/json"}
 TEXT = {"Content-Type": "text/plain"}
 PREDICT = "/predictions/seq2seq"
 
+# Lines that show nothing, each of which is a blank line; and what may be inside of others.
+INVISIBLE = [
+    "", " ", "   ", "\t", "\u200b", "\u200e", "\ufeff", "\u00ad", "\x1a", "\u2028", "\u2029",
+    "\x85", "\x0c", "\x0b", "\x1c", "\0", "\r", "\r\r", "\u2581", "\u3000", "\u180e", "\u202e",
+    "\u2060", "\u3164", "\ufe0f", " \u200b\t\ufeff ",
+]  # fmt: skip
+INVISIBLE_IN_A_LINE = (
+    "\u200b\u200e\ufeff\u00ad\x1a\u2028\u2029\x85\x0c\x0b\x1c\x1d\0\r\u2581\u3000\u202e"
+)
+
 RECIPE = """\
 name: toy
 data:

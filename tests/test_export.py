@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sacrebleu
 import torch
-from conftest import ROOT, Toy, backwards
+from conftest import INVISIBLE, INVISIBLE_IN_A_LINE, ROOT, Toy, backwards
 
 import training.export
 from handler.integrity import sha256
@@ -49,7 +49,8 @@ def typed(
 def translated(toy: Toy, given: bytes) -> list[str]:
     out = io.StringIO()
     lines = given.count(b"\n") + (not given.endswith(b"\n") and given != b"")
-    assert translate(toy.recipe, toy.run, io.BytesIO(given), out) == lines
+    assert translate(toy.recipe, toy.run, io.BytesIO(given), out) == 0
+    assert out.getvalue().count("\n") == lines
     return out.getvalue().split("\n")[:-1]
 
 
@@ -136,20 +137,56 @@ def test_only_a_line_feed_ends_a_line(toy: Toy) -> None:
     assert len(translated(toy, "1\u20282\x853\x0c4\r5\n6\n".encode())) == 2
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b"1" * 100, b"line 301: 101 tokens; the model reads at most 63: split the line"),
-        (b"12\xff3", b"line 301: byte 0xff at offset 2 of the line is not UTF-8; allowed: UTF-8"),
-    ],
-    ids=["long", "not UTF-8"],
-)
-def test_a_line_that_cannot_be_translated_is_named(toy: Toy, line: bytes, message: bytes) -> None:
-    done = typed(toy, "translate", given=b"12\n" * 300 + line + b"\n12\n")
+@pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "json"])
+def test_a_line_that_cannot_be_translated_costs_itself_alone(toy: Toy, more: list[str]) -> None:
+    bad = {
+        301: (b"1" * 100, b"101 tokens; the model reads at most 63: split the line"),
+        303: (b"12\xff3", b"byte 0xff at offset 2 of the line is not UTF-8; allowed: UTF-8"),
+        305: (b"34\n", b""),
+    }
+    lines = [b"12"] * 400
+    for number, (line, _) in bad.items():
+        lines[number - 1] = line.removesuffix(b"\n")
+    done = typed(toy, "translate", *more, given=b"\n".join(lines))
     assert done.returncode == 1
-    assert done.stderr.startswith(b"translate: " + message)
+    told = done.stderr.splitlines()
+    assert len(told) == 3
+    for line, number in zip(told, (301, 303)):
+        assert line.startswith(b"translate: line %d: %s" % (number, bad[number][1]))
+    assert told[2].startswith(b"translate: 2 lines could not be translated: an empty ")
+    found = done.stdout.decode().splitlines()
+    assert len(found) == 400
+    assert found[300] == found[302] == ("[]" if more else "")
+    if not more:
+        one, other = (translated(toy, text)[0] for text in (b"12", b"34"))
+        assert found[304] == other
+        assert {text for i, text in enumerate(found) if i not in (300, 302, 304)} == {one}
+
+
+@pytest.mark.parametrize("given", [b"12\n34\n", b""])
+def test_options_that_suit_no_line_stop_it_at_once(toy: Toy, given: bytes) -> None:
+    options = '{"min_length": 999, "max_length": 999}'
+    done = typed(toy, "translate", "--options", options, given=given)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"translate: min_length: got 999; allowed by this model: at most")
     assert done.stderr.count(b"\n") == 1
-    assert done.stdout.splitlines() == [translated(toy, b"12")[0].encode()] * 300
+
+
+def test_utf16_is_named_once(toy: Toy) -> None:
+    done = typed(toy, "translate", given="12\n34\n".encode("utf-16"))
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.startswith(b"translate: standard input is UTF-16: convert it by iconv")
+
+
+def test_as_many_lines_come_as_go_whatever_does_not_show(toy: Toy) -> None:
+    texts = [*INVISIBLE, *(f"1{c}2" for c in INVISIBLE_IN_A_LINE)]
+    given = "\n".join(texts).encode()
+    found = typed(toy, "translate", given=given)
+    assert (found.returncode, found.stderr) == (0, b"")
+    answers = found.stdout.decode().removesuffix("\n").split("\n")
+    assert len(answers) == len(texts)
+    assert answers[: len(INVISIBLE)] == [""] * len(INVISIBLE)
+    assert all(answers[len(INVISIBLE) :])
 
 
 def test_a_reader_that_leaves_early_is_no_error_of_ours(toy: Toy) -> None:

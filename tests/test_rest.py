@@ -16,6 +16,8 @@ import psutil  # comes with torchserve
 import pytest
 import torch
 from conftest import (
+    INVISIBLE,
+    INVISIBLE_IN_A_LINE,
     JSON,
     PREDICT,
     ROOT,
@@ -31,6 +33,7 @@ from conftest import (
 from handler.decoding.model import load
 from handler.request import RequestOptions
 from handler.schema import schema
+from handler.sentences import LINE_BREAK
 from server.__main__ import main
 from server.options import CONFIG
 from server.torchserve import TorchServe
@@ -106,6 +109,25 @@ def test_text_is_translated_line_by_line(server, toy, method, headers):
     expected = offline(toy, lines)
     assert expected[1] == expected[3] == ""
     assert reply.body.decode() == "".join(f"{line}\n" for line in expected)
+
+
+def test_as_many_lines_come_as_go_whatever_does_not_show(server, toy):
+    for lines in ([*INVISIBLE, *(f"1{c}2" for c in INVISIBLE_IN_A_LINE)], INVISIBLE, [" "]):
+        reply = raw(server, "".join(f"{line}\n" for line in lines).encode(), TEXT)
+        assert reply.status == 200
+        expected = offline(toy, lines)
+        assert reply.body.decode() == "".join(f"{line}\n" for line in expected)
+        assert [i for i, line in enumerate(expected) if not line] == [
+            i for i, line in enumerate(lines) if line in INVISIBLE
+        ]
+
+
+def test_lines_of_a_text_that_show_nothing_stay_in_their_places(server, toy):
+    lines = [one for one in INVISIBLE if not LINE_BREAK.search(one)]
+    text = "12\n" + "\n".join(lines) + "\n34"
+    one, other = offline(toy, ["12", "34"])
+    found = call(server, body={"text": text}).texts[0]
+    assert found.split("\n") == [one, *[""] * len(lines), other]
 
 
 @pytest.mark.parametrize("name", ["content-type", "Content-Type", "CONTENT-TYPE"])
@@ -258,7 +280,6 @@ REFUSED = [
     (b'{"text": "\xff"}', JSON, (400, "InvalidJSON"), "byte 10"),
     (b'{"text": "12", "max_length": NaN}', JSON, (400, "InvalidOption"), "max_length: got nan"),
     (b"12\n\xe4\n", TEXT, (400, "InvalidText"), "byte 3 is 0xe4"),
-    (b" \n\n", TEXT, (400, "EmptyText"), "text[0]: got ' '"),
     (b"<a/>", {"Content-Type": "application/xml"}, (400, "InvalidContentType"), "application/xml"),
     (
         b'{"text": "12"}',
@@ -543,11 +564,39 @@ def test_the_command_line_says_in_one_line_what_is_wrong(translate):
         port = free.getsockname()[1]
     for given, said in (
         ({"url": f"http://127.0.0.1:{port}", "lines": b"12"}, "cannot be reached"),
-        ({"lines": b"1" * 10_000}, "413 TextTooLong: text: got a sentence of 10000 characters"),
-        ({"lines": b"\xff\n"}, "standard input is not UTF-8"),
+        ({"lines": "12".encode("utf-16")}, "standard input is UTF-16: convert it first"),
     ):
         status, out, err = translate(**given)
         assert (status, out) == (1, "")
         assert err.startswith("error: ")
         assert said in err
         assert err.count("\n") == 1
+
+
+def test_a_line_that_cannot_be_translated_costs_itself_alone(translate, toy):
+    """Of a thousand; and a large file, whose lines fill few requests by their number."""
+    texts = spoken(300)
+    given = [text.encode() for text in texts]
+    bad = {50: b"1" * 2000, 200: b"12\xff3", 250: b"1" * 300_000}
+    for i, line in bad.items():
+        given[i], texts[i] = line, ""
+    for i in (70, 71):
+        given[i], texts[i] = "\u200b".encode(), ""
+    for i in range(120, 184):  # 64 lines of 5 kB, more than one request may have
+        texts[i] += " " * 5000 + "7"
+        given[i] = texts[i].encode()
+    status, out, err = translate(lines=b"\n".join(given))
+    assert status == 1
+    assert out.split("\n") == [*offline(toy, texts), ""]
+    told = err.splitlines()
+    assert told[0].startswith("line 51: 413 TextTooLong: text: got a sentence of 2000 characters")
+    assert told[1].startswith("line 201: byte 0xff at offset 2 of the line is not UTF-8")
+    assert told[2] == "line 251: 300001 bytes; allowed: at most 262144"
+    assert told[3].startswith("error: 3 of 300 lines could not be translated: an empty line is in")
+    assert len(told) == 4
+
+
+def test_lines_that_show_nothing_stay_blank_by_pipe(translate, toy):
+    lines = [*INVISIBLE, *(f"1{c}2" for c in INVISIBLE_IN_A_LINE)]
+    expected = "".join(f"{line}\n" for line in offline(toy, lines))
+    assert translate(lines="\n".join(lines).encode()) == (0, expected, "")

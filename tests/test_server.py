@@ -53,6 +53,9 @@ class Echo:
         return [self.answer(context, i, each["body"]) for i, each in enumerate(data)]
 
     def answer(self, context, index, request):
+        if not isinstance(request, dict):
+            text = request if isinstance(request, str) else request.decode()
+            return "".join(line.upper() + "\\n" for line in text.splitlines())
         if request.get("beam_size", 1) < 1:
             context.set_response_status(400, "Bad Request", index)
             error = {"code": 400, "type": "BadOption", "message": "beam_size is 0: allowed is 1 up"}

@@ -154,7 +154,8 @@ def carry_out(arguments: argparse.Namespace, recipe: Recipe, run: Run) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", newline="\n", write_through=True)
         options = options_of(arguments.options)
-        translate(recipe, run, sys.stdin.buffer, sys.stdout, options, arguments.json)
+        failed = translate(recipe, run, sys.stdin.buffer, sys.stdout, options, arguments.json)
+        return 1 if failed else 0
     return 0
 
 

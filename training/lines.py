@@ -40,19 +40,40 @@ def translations(
     Raises:
         LineError: a line that cannot be translated, after all before it.
     """
+    for told in each(model, source, target, lines, options, device, rows):
+        if isinstance(told, LineError):
+            raise told
+        yield told
+
+
+def each(
+    model: SequenceModel,
+    source: Tokenizer,
+    target: Tokenizer,
+    lines: Iterable[str | LineError],
+    options: RequestOptions,
+    device: torch.device,
+    rows: int = ROWS,
+) -> Iterator[list[dict[str, Any]] | LineError]:
+    """See `translations`; but a line that cannot be translated, or of which that is known already,
+    costs itself alone, and has its error in its place.
+
+    Raises:
+        ValueError: options that no line can be translated with.
+    """
     engine = Engine(packed(model, device), max(rows, options.beam_size), device)
+    engine.check([model.eos_id], options)
     narrator = Narrator(source, target, {})
     splitter = Splitter(source_language(model.card))
     reader = Reader(source, model.max_source_length - 1)
     prefix = target.encode(options.prefix or "")
-    wrong: list[LineError] = []
 
-    def parts() -> Iterator[Part]:
-        try:
-            for number, line in enumerate(lines, 1):
-                yield part_of(line, number)
-        except LineError as error:  # of a line read ahead: those before it come first
-            wrong.append(error)
+    def parts() -> Iterator[Part | LineError]:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield line if isinstance(line, LineError) else part_of(line, number)
+            except LineError as error:
+                yield error
 
     def part_of(line: str, number: int) -> Part:
         """A line in sentences that can be decoded."""
@@ -88,19 +109,22 @@ def translations(
             for piece, ids in reader.read(sentence):
                 yield piece, source.encode(piece.text) if ids is None else ids
 
-    def admit(part: Part) -> list[int]:
+    def admit(part: Part | LineError) -> list[int]:
+        if isinstance(part, LineError):
+            return []
         for i, (ids, begun) in enumerate(prefixed(part.sources, prefix)):
             if ids:
                 part.sentences[i] = engine.admit(ids, options, begun)
         return [one for one in part.sentences if one is not None]
 
-    def length(part: Part) -> int:
-        return sum(map(len, part.sources))
+    def length(part: Part | LineError) -> int:
+        return 0 if isinstance(part, LineError) else sum(map(len, part.sources))
 
     for number, (part, events) in enumerate(in_order(engine, parts(), admit, length), 1):
         failed = next((one.error for one in events if one.error is not None), None)
-        if failed is not None:
-            raise LineError(f"line {number}: {failed}")
-        yield narrator.translations(part, {one.sentence: one for one in events}, options)
-    if wrong:
-        raise wrong[0]
+        if isinstance(part, LineError):
+            yield part
+        elif failed is not None:
+            yield LineError(f"line {number}: {failed}")
+        else:
+            yield narrator.translations(part, {one.sentence: one for one in events}, options)
