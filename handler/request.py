@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from handler.decoding.options import DecodingOptions
@@ -50,6 +50,9 @@ class RequestOptions(DecodingOptions):
     stream: bool = False
     return_tokens: bool = False
     priority: Literal["interactive", "bulk"] = "interactive"
+
+
+NAMES = frozenset(one.name for one in fields(RequestOptions))
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def from_json(given: object) -> TranslationRequest:
             f'the body: got {shown(given)}; allowed: an object such as {{"text": "..."}}',
         )
     try:
-        texts, options, door = door_of(given).enter(given)
+        texts, options, door = door_of(given).enter(given, NAMES)
         request = TranslationRequest(texts, read(RequestOptions, options), door)
         if request.options.stream and not door.streams:
             raise FieldError("stream", "got true; allowed in this shape of request: false")
