@@ -27,6 +27,8 @@ class ServiceOptions:
     max_sentences: sentences in one request, when its texts are split.
     max_waiting: sentences that wait for rows, or are on their way into the engine; requests beyond
         get 503.
+    max_request_bytes: of a compressed body once it is expanded; as TorchServe's max_request_size,
+        which holds for bodies as they are sent.
     max_response_bytes: stays below TorchServe's max_response_size (6,553,500), beyond which the
         frontend kills the worker.
     threads: of torch on a CPU; null for one for each CPU this process may use but one, which is
@@ -43,6 +45,7 @@ class ServiceOptions:
     max_texts: int = field(default=1024, metadata={"minimum": 1})
     max_sentences: int = field(default=4096, metadata={"minimum": 1})
     max_waiting: int = field(default=16384, metadata={"minimum": 1})
+    max_request_bytes: int = field(default=262_144, metadata={"minimum": 1})
     max_response_bytes: int = field(default=6_000_000, metadata={"minimum": 1000})
     threads: int | None = field(default=None, metadata={"minimum": 1})
     require_gpu: bool = False
