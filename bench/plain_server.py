@@ -5,12 +5,14 @@
 
 What a user would write who has model.pt and the two tokenizers (FOLDER holds them, out of the
 archive) and neither our engine nor our handler: it imports torch, sentencepiece and litserve, which
-brings FastAPI, and nothing of this repository. A batch is padded, decoded by one scripted loop
+brings FastAPI, and of this repository the operators that model.pt names and no more; torch's own
+forms of them, that is, since nobody compiles ours. A batch is padded, decoded by one scripted loop
 until its last sentence has ended, and answered; FastAPI has batches of one, in its threads, one
 after the other. `POST /predict {"text": "..."}` -> `{"translation": "..."}`.
 """
 
 import argparse
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,12 @@ import torch
 import uvicorn  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
+# This file is run by its path, in an environment that does not have this repository.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from handler.decoding import native
+from handler.decoding.model import ONEDNN  # brings the module that declares the others
+
+native.declare(ONEDNN)
 EOS = 3
 
 

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class Client:
 
 ANYBODY = Client()
 
+
 class Tokens:
     """The tokens that are valid now.
 
@@ -68,7 +69,7 @@ class Tokens:
         clock: seconds.
 
     Raises:
-        ValueError: there is no token, or a file is not one.
+        ValueError: there is no token.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,12 +77,14 @@ class Tokens:
         self.clock = clock
         self.looked = clock()
         self.state = self.seen()
-        self.clients = list(self.read(self.state, strict=True))  # by the digest of its token
+        self.clients, wrong = self.read(self.state)  # by the digest of its token
         if not self.clients:
+            found = f" ({'; '.join(wrong)})" if wrong else ""
             raise ValueError(
                 f"{VARIABLE}: got {str(folder)!r}; allowed: a folder with a token in each file, "
-                "which this one does not have; unset it to serve everybody"
+                f"which this one does not have{found}; unset it to serve everybody"
             )
+        tell_wrong(wrong)
 
     @classmethod
     def named(cls, environment: Mapping[str, str] = os.environ) -> "Tokens | None":
@@ -90,7 +93,7 @@ class Tokens:
         if name == "":
             # A path of no characters would be the folder that the process happens to be in.
             raise ValueError(f"{VARIABLE}: got ''; allowed: a folder of tokens, or not set at all")
-        return None if name is None else cls(Path(name))
+        return None if name is None else cls(Path(name).absolute())
 
     def admit(self, headers: Sequence[str]) -> Client | None:
         """Whose valid token a request with these values of `Authorization` shows, if one.
@@ -112,8 +115,9 @@ class Tokens:
         self.looked = now
         state = self.seen()
         if state != self.state:
-            self.clients = list(self.read(state, strict=False))
+            self.clients, wrong = self.read(state)
             self.state = state
+            tell_wrong(wrong)
             logger.warning("%d tokens are valid now", len(self.clients))
 
     def seen(self) -> State:
@@ -133,19 +137,23 @@ class Tokens:
             found.append((name, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns))
         return found
 
-    def read(self, state: State, strict: bool) -> Iterator[tuple[bytes, Client]]:
-        """A digest of each token, and whose it is. What is no token is an error, or left out where
-        not `strict`: the others, and that one of them was taken out, hold nevertheless."""
+    def read(self, state: State) -> tuple[list[tuple[bytes, Client]], list[str]]:
+        """A digest of each token and whose it is, and what is wrong with the other files. Those are
+        left out: the others, and that one of them was taken out, hold nevertheless."""
+        found: list[tuple[bytes, Client]] = []
+        wrong: list[str] = []
         for name, *_ in state:
             try:
                 content = (self.folder / name).read_bytes()
-                found = of_file(name, content.decode("ascii", "replace"))
+                found.append(of_file(name, content.decode("ascii", "replace")))
             except (OSError, ValueError) as error:
-                if strict:
-                    raise ValueError(str(error)) from error
-                logger.error("a token is left out: %s", error)
-            else:
-                yield found
+                wrong.append(str(error))
+        return found, wrong
+
+
+def tell_wrong(files: Sequence[str]) -> None:
+    for one in files:
+        logger.error("a token is left out: %s", one)
 
 
 def of_file(name: str, content: str) -> tuple[bytes, Client]:

@@ -6,11 +6,11 @@ shape is its door. A door takes texts and options out of a body and gives an ans
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from handler.fields import FieldError, shown
+from handler.fields import FieldError, named, shown
 
 Fields = dict[str, bytes]  # of a translation, each in JSON: docs/rest.md
 
@@ -39,8 +39,13 @@ class Door:
     content_type: ClassVar[str] = "application/json"
 
     @classmethod
-    def enter(cls, given: Mapping[str, Any]) -> "tuple[list[str], dict[str, Any], Door]":
+    def enter(
+        cls, given: Mapping[str, Any], known: Collection[str]
+    ) -> "tuple[list[str], dict[str, Any], Door]":
         """Texts, options and the door of a body.
+
+        Args:
+            known: names of options.
 
         Raises:
             FieldError: the field that is not as it should be.
@@ -77,7 +82,9 @@ class Native(Door):
     streams = True
 
     @classmethod
-    def enter(cls, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], Door]:
+    def enter(
+        cls, given: Mapping[str, Any], known: Collection[str]
+    ) -> tuple[list[str], dict[str, Any], Door]:
         if "text" not in given:
             raise FieldError("text", "missing; allowed: a string or a list of strings")
         texts = given["text"]
@@ -112,7 +119,9 @@ class KServeV1(Door):
     mark = "instances"
 
     @classmethod
-    def enter(cls, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], Door]:
+    def enter(
+        cls, given: Mapping[str, Any], known: Collection[str]
+    ) -> tuple[list[str], dict[str, Any], Door]:
         only(given, ("instances", "parameters"))
         texts = given["instances"]
         if isinstance(texts, list):
@@ -136,39 +145,39 @@ class KServeV1(Door):
 @dataclass(frozen=True)
 class OpenInference(KServeV1):
     """The Open Inference Protocol v2: one input tensor of BYTES [N] or [N, 1]; the answer has a
-    tensor [N, n_best] for each thing told of a translation."""
+    tensor [N, n_best] for each thing told of a translation.
+
+    Its parameters are an open list: a server takes those that it knows. The others are ignored, and
+    the answer names them.
+
+    wanted: names of the output tensors asked for, in their order; empty for all.
+    ignored: names of parameters, with their places.
+    """
 
     mark = "inputs"
     id: str | None = None
+    wanted: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @classmethod
-    def enter(cls, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], Door]:
-        only(given, ("id", "inputs", "parameters"))
+    def enter(
+        cls, given: Mapping[str, Any], known: Collection[str]
+    ) -> tuple[list[str], dict[str, Any], Door]:
+        only(given, ("id", "inputs", "outputs", "parameters"))
         name = given.get("id")
         if name is not None and not is_name(name):
             raise FieldError("id", f"got {shown(name)}; allowed: Unicode, at most 256 characters")
         inputs = given["inputs"]
         if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], Mapping):
             raise FieldError("inputs", f"got {shown(inputs)}; allowed: a list of one tensor")
-        tensor = inputs[0]
-        only(tensor, ("name", "shape", "datatype", "data"), "inputs[0]")
-        if tensor.get("datatype") != "BYTES":
-            raise FieldError(
-                "inputs[0].datatype", f"got {shown(tensor.get('datatype'))}; allowed: 'BYTES'"
-            )
-        data = tensor.get("data")
-        if isinstance(data, list) and data and all(isinstance(row, list) for row in data):
-            data = [one for row in data for one in row]
-        texts = strings(data, "inputs[0].data")
-        shape = tensor.get("shape")
-        exact = isinstance(shape, list) and all(type(one) is int for one in shape)
-        if not exact or shape not in ([len(texts)], [len(texts), 1]):
-            raise FieldError(
-                "inputs[0].shape",
-                f"got {shown(shape)}; allowed for {len(texts)} strings: [{len(texts)}] or "
-                f"[{len(texts)}, 1]",
-            )
-        return texts, parameters(given), cls(name)
+        texts = texts_of(inputs[0])
+        wanted, ignored = wanted_of(given.get("outputs"))
+        options = parameters(given)
+        others = [one for one in options if one not in known]
+        others += [f"inputs[0].{one}" for one in parameters(inputs[0], "inputs[0].")]
+        options = {key: one for key, one in options.items() if key in known}
+        options |= {option: True for one in wanted if (option := OUTPUTS[one]) is not None}
+        return texts, options, cls(name, wanted, tuple(map(named, [*others, *ignored])))
 
     def told(self, translations: list[Fields]) -> Told:
         """Of each field, which is an output; what is neither text nor number is JSON in a
@@ -187,11 +196,10 @@ class OpenInference(KServeV1):
         most = max(one.count for one in texts)
         name, version = spelt(model["name"]), spelt(model["version"])
         yield b'{"model_name": %s, "model_version": %s, "outputs": [' % (name, version)
-        for number, field in enumerate(texts[0].values):
+        fields = {"translation" if one == "text" else one: one for one in texts[0].values}
+        for number, told in enumerate(self.wanted or fields):
             yield b", " if number else b""
-            told, kind = ("translation" if field == "text" else field), "BYTES"
-            if field == "score":
-                kind = "FP32"
+            field, kind = fields[told], "FP32" if told == "score" else "BYTES"
             head = {"name": told, "shape": [len(texts), most], "datatype": kind}
             yield spelt(head)[:-1] + b', "data": ['
             for i, one in enumerate(texts):
@@ -205,6 +213,8 @@ class OpenInference(KServeV1):
                     yield last
             yield b"]}"
         yield b"]" if self.id is None else b'], "id": %s' % spelt(self.id)
+        if self.ignored:
+            yield b', "parameters": %s' % spelt({"ignored": ", ".join(self.ignored)})
         yield b"}"
 
 
@@ -229,6 +239,56 @@ def spelt(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
+# Output tensors, and the option that has each told; None: always.
+OUTPUTS: Mapping[str, str | None] = {
+    "translation": None,
+    "score": "return_scores",
+    "tokens": "return_tokens",
+    "alignment": "return_alignments",
+    "finish_reason": None,
+}
+
+
+def texts_of(tensor: Mapping[str, Any]) -> list[str]:
+    """The texts of an input tensor."""
+    only(tensor, ("name", "shape", "datatype", "parameters", "data"), "inputs[0]")
+    if tensor.get("datatype") != "BYTES":
+        raise FieldError(
+            "inputs[0].datatype", f"got {shown(tensor.get('datatype'))}; allowed: 'BYTES'"
+        )
+    data = tensor.get("data")
+    if isinstance(data, list) and data and all(isinstance(row, list) for row in data):
+        data = [one for row in data for one in row]
+    texts = strings(data, "inputs[0].data")
+    shape = tensor.get("shape")
+    exact = isinstance(shape, list) and all(type(one) is int for one in shape)
+    if not exact or shape not in ([len(texts)], [len(texts), 1]):
+        raise FieldError(
+            "inputs[0].shape",
+            f"got {shown(shape)}; allowed for {len(texts)} strings: [{len(texts)}] or "
+            f"[{len(texts)}, 1]",
+        )
+    return texts
+
+
+def wanted_of(outputs: object) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the output tensors that are asked for, each once, and their parameters, of which
+    none is known."""
+    if outputs is None:
+        return (), []
+    if not isinstance(outputs, list) or not all(isinstance(one, Mapping) for one in outputs):
+        raise FieldError("outputs", f"got {shown(outputs)}; allowed: a list of tensors")
+    ignored: list[str] = []
+    for i, one in enumerate(outputs):
+        only(one, ("name", "parameters"), f"outputs[{i}]")
+        name = one.get("name")
+        if not isinstance(name, str) or name not in OUTPUTS:
+            allowed = ", ".join(OUTPUTS)
+            raise FieldError(f"outputs[{i}].name", f"got {shown(name)}; allowed: {allowed}")
+        ignored += [f"outputs[{i}].{key}" for key in parameters(one, f"outputs[{i}].")]
+    return tuple(dict.fromkeys(one["name"] for one in outputs)), ignored
+
+
 def strings(
     given: object, where: str, allowed: str = "a list of at least one string"
 ) -> list[str]:
@@ -247,10 +307,14 @@ def is_name(given: object) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in given)
 
 
-def parameters(given: Mapping[str, Any]) -> dict[str, Any]:
-    options = given.get("parameters", {})
+def parameters(given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """What `parameters` of `given` says; null is as good as none."""
+    options = given.get("parameters")
+    if options is None:
+        return {}
     if not isinstance(options, Mapping):
-        raise FieldError("parameters", f"got {shown(options)}; allowed: a mapping of options")
+        problem = f"got {shown(options)}; allowed: a mapping of options, or null"
+        raise FieldError(f"{where}parameters", problem)
     return dict(options)
 
 

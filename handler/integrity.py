@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 DIGESTS = "digests.json"
+MANIFEST = "MAR-INF/MANIFEST.json"
 
 
 class IntegrityError(RuntimeError):
@@ -29,11 +30,14 @@ def write_digests(folder: Path) -> None:
     (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
-def verify_digests(folder: Path) -> None:
-    """Check every file that digests.json records.
+def verify_digests(folder: Path, suffix: str = "") -> None:
+    """Check that the files below `folder` are those that digests.json records, unchanged.
+
+    Args:
+        suffix: of the files whose content is read; of the others their being there is looked at.
 
     Raises:
-        IntegrityError: a file that is missing or changed, by name, or no record at all.
+        IntegrityError: a file that is missing, changed or not recorded, by name, or no record.
     """
     try:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
@@ -43,12 +47,23 @@ def verify_digests(folder: Path) -> None:
         raise IntegrityError(
             f"{DIGESTS} of the archive cannot be read ({error}): build the archive again"
         ) from None
+    for path in sorted(one for one in folder.rglob("*") if not one.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        if name not in digests and name not in (DIGESTS, MANIFEST) and not own_bytecode(name):
+            raise IntegrityError(
+                f"{name} is in the archive, and {DIGESTS} does not list it: build the archive again"
+            )
     for name, expected in digests.items():
         path = folder / name
         if not path.is_file():
             raise IntegrityError(f"{name} is missing from the archive: build the archive again")
-        if sha256(path) != expected:
+        if name.endswith(suffix) and sha256(path) != expected:
             raise IntegrityError(
                 f"{name} in the archive is not the file it was built with (sha256 {expected}): "
                 "copy or build the archive again"
             )
+
+
+def own_bytecode(name: str) -> bool:
+    """What Python writes of the module that TorchServe loads, before that can say not to."""
+    return name.startswith("__pycache__/seq2serve.") and name.endswith(".pyc")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from handler.decoding.options import DecodingOptions
@@ -60,6 +60,9 @@ class RequestOptions(DecodingOptions):
         super().__post_init__()
         if self.join_lines and not self.split:
             raise ValueError("join_lines: got true with split false; allowed: with split true")
+
+
+NAMES = frozenset(one.name for one in fields(RequestOptions))
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def from_json(given: object) -> TranslationRequest:
             f'the body: got {shown(given)}; allowed: an object such as {{"text": "..."}}',
         )
     try:
-        texts, options, door = door_of(given).enter(given)
+        texts, options, door = door_of(given).enter(given, NAMES)
         request = TranslationRequest(texts, read(RequestOptions, options), door)
         if request.options.stream and not door.streams:
             raise FieldError("stream", "got true; allowed in this shape of request: false")

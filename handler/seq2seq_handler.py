@@ -1,4 +1,5 @@
-"""The module that TorchServe 0.12 loads. Everything that depends on TorchServe is here.
+"""The handler that TorchServe 0.12 calls. What depends on TorchServe is here and in `seq2serve.py`,
+the module that it loads.
 
 It runs with `continuousBatching: true` and one worker: TorchServe calls `handle` again and again
 with every request that is live. A request that is left out of `ctx.request_ids` gets no reply in
@@ -22,6 +23,7 @@ import torch
 from handler import buffered_reader, costs
 from handler.admission import Incoming
 from handler.authorization import ANYBODY, Tokens
+from handler.coding import ACCEPTED, decoded
 from handler.decoding import Engine, native
 from handler.decoding.cuda_runner import CudaOptions, rows_for
 from handler.decoding.failures import DeviceLost
@@ -45,7 +47,7 @@ CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Seq2SeqHandler:
-    """TorchServe's handler: exactly one class in this module, as its loader demands."""
+    """TorchServe's handler."""
 
     def initialize(self, ctx: Any) -> None:
         """Load and check the archive, and warm up; the worker is READY when this returns.
@@ -177,6 +179,11 @@ class Seq2SeqHandler:
             if found is None:
                 return Incoming(name, refusal=unauthorized(body))
             client = found
+        try:
+            most = self.service.options.max_request_bytes
+            body = decoded(body, header(ctx, i, "content-encoding"), most)
+        except Refusal as refusal:
+            return Incoming(name, refusal=refusal)
         return Incoming(
             name,
             header(ctx, i, "url_path"),
@@ -193,6 +200,8 @@ def tell(i: int, reply: Reply, ctx: Any) -> None:
     ctx.set_response_content_type(i, reply.content_type)
     if reply.status == HTTPStatus.UNAUTHORIZED:
         ctx.set_response_header(i, "WWW-Authenticate", "Bearer")
+    if reply.status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
+        ctx.set_response_header(i, "Accept-Encoding", ACCEPTED)
     if reply.retry_after is not None:
         ctx.set_response_header(i, "Retry-After", str(reply.retry_after))
 

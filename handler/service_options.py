@@ -30,6 +30,8 @@ class ServiceOptions:
     request_memory: bytes that requests may take together, beside what decoding takes. What one may
         take is known before it is decoded (costs.py): more than a quarter gets 413, and beyond what
         others have left 503.
+    max_request_bytes: of a compressed body once it is expanded; as TorchServe's max_request_size,
+        which holds for bodies as they are sent.
     max_response_bytes: stays below TorchServe's max_response_size (6,553,500), beyond which the
         frontend kills the worker.
     threads: of torch on a CPU; null for one for each CPU this process may use but one, which is
@@ -47,6 +49,7 @@ class ServiceOptions:
     max_sentences: int = field(default=4096, metadata={"minimum": 1})
     max_waiting: int = field(default=16384, metadata={"minimum": 1})
     request_memory: int = field(default=128_000_000, metadata={"minimum": 1_000_000})
+    max_request_bytes: int = field(default=262_144, metadata={"minimum": 1})
     max_response_bytes: int = field(default=6_000_000, metadata={"minimum": 1000})
     threads: int | None = field(default=None, metadata={"minimum": 1})
     require_gpu: bool = False

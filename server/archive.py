@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -12,13 +13,20 @@ from server.errors import ServerError
 
 _CHUNK = 1 << 20
 _MANIFEST = "MAR-INF/MANIFEST.json"
+_DIGESTS = "digests.json"  # of the files inside, see handler/integrity.py
+# Weights do not compress, so a model's archive expands little; what expands by more, and to more
+# than this, fills a disk and serves nobody.
+_MOST_EXPANSION = 20
+_SMALL = 1 << 30
 
 
 def check_archive(archive: Path, expected: str = "") -> str | None:
     """Refuse an archive that is missing or altered; return its digest, None without one to check.
 
-    The digest stands beside the archive in `<archive>.sha256`, as sha256sum writes it; where
-    `expected` is given, it must be that too.
+    TorchServe unpacks all of it where the worker's Python looks. So it may have no file that its
+    own digests.json does not list (an archive without one may have any), and may expand to no more
+    than a model's archive can. Its digest stands beside it in `<archive>.sha256`, as sha256sum
+    writes it; where `expected` is given, it must be that too.
     """
     if not archive.is_file():
         raise ServerError(
@@ -28,8 +36,9 @@ def check_archive(archive: Path, expected: str = "") -> str | None:
     try:
         with zipfile.ZipFile(archive) as content:
             content.getinfo(_MANIFEST)
+            _check_content(archive, content)
     # TorchServe unpacks what it can of a cut archive, and then reports some other trouble.
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
         raise ServerError(
             f"archive {archive} is no complete model archive ({error}): copy or make it again"
         ) from error
@@ -71,6 +80,40 @@ def version_of(archive: Path) -> str:
         raise ServerError(
             f"archive {archive} has a {_MANIFEST} without model.modelVersion: make it again"
         ) from error
+
+
+def _check_content(archive: Path, content: zipfile.ZipFile) -> None:
+    members = content.infolist()
+    size, expanded = archive.stat().st_size, sum(each.file_size for each in members)
+    most = max(_SMALL, _MOST_EXPANSION * size)
+    if expanded > most:
+        raise ServerError(
+            f"archive {archive} expands from {size} to {expanded} bytes: allowed is "
+            f"{_MOST_EXPANSION} times its size, or {_SMALL} bytes: copy or make it again"
+        )
+    for each in members:
+        # Java writes what there is, whatever size the archive tells.
+        if each.compress_type != zipfile.ZIP_STORED and _true_size(content, each) != each.file_size:
+            raise ValueError(f"{each.filename} expands to another size than it says")
+    names = {each.filename for each in members if not each.is_dir()}
+    if _DIGESTS not in names:
+        return
+    listed = json.loads(content.read(_DIGESTS))
+    if not isinstance(listed, dict):
+        raise ValueError(f"{_DIGESTS} has no mapping of names to digests")
+    if extra := names - listed.keys() - {_DIGESTS, _MANIFEST}:
+        raise ServerError(
+            f"archive {archive} has {min(extra)}, which its {_DIGESTS} does not list: copy or make "
+            "it again"
+        )
+
+
+def _true_size(content: zipfile.ZipFile, member: zipfile.ZipInfo) -> int:
+    """Return the bytes that a member expands to, counted up to one beyond what it says."""
+    told = copy.copy(member)
+    told.file_size += 1
+    with content.open(told) as stream:
+        return sum(map(len, iter(lambda: stream.read(_CHUNK), b"")))
 
 
 def _read_digest(digest_file: Path, name: str) -> str:

@@ -33,6 +33,10 @@ _NOISE = re.compile(
     r"^WARNING: |^nvidia-smi not available|^Model server started\."
     r"| HttpRequestHandler - .*(Connection reset by peer|Broken pipe)"
 )
+# Any request that TorchServe 0.12 does not expect ends in an exception, whose message quotes it.
+# That is no error of the server's, and no text of clients belongs in a log.
+_QUOTING = re.compile(r"^(\S+) +ERROR +HttpRequestHandler - +([\w.$]+Exception)\b.*")
+_QUERY = re.compile(r'( ACCESS_LOG - \S+ "\S+ [^"? ]*\?)[^" ]*')
 # What TorchServe 0.12 says after the exception that says something, or where there was none.
 _EMPTY = (
     "Load model failed: ",
@@ -85,7 +89,7 @@ class ServerLog:
 
     def _follow(self) -> None:
         for text in self._stream:
-            line = with_level(escaped(text.rstrip()))
+            line = with_level(without_quotes(escaped(text.rstrip())))
             if _NOISE.search(line):
                 continue
             if _WORKER_DIED in line:
@@ -94,6 +98,12 @@ class ServerLog:
                 self._lines.append(line)
                 if self._shown:
                     STDERR.say(line)
+
+
+def without_quotes(line: str) -> str:
+    """Return a line without what a client said."""
+    line = _QUOTING.sub(r"\1 WARN  HttpRequestHandler - a request ended in \2", line)
+    return _QUERY.sub(r"\1...", line)
 
 
 def with_level(line: str) -> str:

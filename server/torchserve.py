@@ -22,7 +22,6 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +30,14 @@ from server.archive import check_archive, unpacked_size, version_of
 from server.config import check_config
 from server.cpus import frontend_cpus
 from server.devices import device_environment
+from server.environment import (
+    check_spelling,
+    found,
+    inherited_environment,
+    inside,
+    outside,
+    utf8_locale,
+)
 from server.errors import ServerError
 from server.front import Front, FrontOptions, listening
 from server.health import HealthServer
@@ -160,12 +167,14 @@ class TorchServe:
         options = self.options
         if self._process is not None:
             raise ServerError(f"server {self.url} is started already: stop it first")
-        check_config(options.config, torchserve_home())
+        home = torchserve_home()
+        environment = inherited_environment(os.environ, spelling := utf8_locale(os.environ))
+        check_config(options.config, home)
         self.digests = self._checked_digests()
         archives = (options.model_store / model.split("=")[1] for model in options.models)
-        self.memory = shares(memory_limit(), sum(map(unpacked_size, archives)))
+        unpacked = sum(map(unpacked_size, archives))
+        self.memory = shares(memory_limit(), unpacked)
         java = find_java()
-        home = torchserve_home()
         self._ports = choose_ports(
             {
                 "inference": (options.host, options.port),
@@ -179,6 +188,16 @@ class TorchServe:
             }
         )
         self._directory = private_directory(options.state_dir, self._ports["worker"])
+        if unpacked > (free := shutil.disk_usage(self._directory).free):
+            raise ServerError(
+                f"state directory {self._directory.parent} has {free} bytes free, and the archive "
+                f"unpacks to {unpacked}: make room, or choose another (TMPDIR)"
+            )
+        store, config = options.model_store.resolve(), options.config.resolve()
+        check_spelling(
+            (self._directory, store, config, home, java.path, LOGGING, Path(sys.executable)),
+            spelling,
+        )
         self._pages = HealthServer(LOOPBACK, 0, protocol_pages(self._versions(), self.ready_lately))
         self._front = self._started_front(self._directory, self._pages.port)
         command = [
@@ -193,8 +212,8 @@ class TorchServe:
             *("-cp", class_path(home)),
             "org.pytorch.serve.ModelServer",
             *("--python", sys.executable),
-            *("-f", str(options.config.resolve())),
-            *("-s", str(options.model_store.resolve())),
+            *("-f", str(config)),
+            *("-s", str(store)),
             "-ncs",
             "--disable-token-auth",
             # Last, because it takes every argument that follows for a model.
@@ -204,7 +223,7 @@ class TorchServe:
             command,
             # Java writes log directories where it stands.
             cwd=self._directory,
-            env=self._environment(os.environ),
+            env=self._environment(environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -432,10 +451,11 @@ def class_path(home: Path) -> str:
 
 def torchserve_home() -> Path:
     """Return the directory that holds the package `ts`, without importing it."""
-    spec = find_spec("ts")
-    for place in spec.submodule_search_locations or [] if spec else []:
-        if (Path(place) / "frontend" / "model-server.jar").is_file():
-            return Path(place).resolve().parent
+    package = found("ts", inside(sys.path, outside(os.environ)))
+    if package is not None:
+        place = Path(package).parent
+        if (place / "frontend" / "model-server.jar").is_file():
+            return place.resolve().parent
     raise ServerError(
         f"TorchServe not found for {sys.executable}: run `pip install torchserve==0.12.0`"
     )

@@ -130,11 +130,27 @@ def test_a_variable_that_leads_to_no_token_is_an_error(tmp_path, monkeypatch, na
     [b"", b"\n", b"a" * 15, b"a" * 15 + b"\n", b"aaa b" * 9, b"\xff" * 20, "ä".encode() * 9],
 )
 def test_a_file_that_is_no_token_is_named_but_not_told(folder, content):
+    (folder / "old").unlink()
     (folder / "bad").write_bytes(content)
-    message = rf"^{VARIABLE}: bad has \d+ characters; allowed"
+    message = rf"^{VARIABLE}: got .* \({VARIABLE}: bad has \d+ characters; allowed"
     with pytest.raises(ValueError, match=message) as caught:
         Tokens(folder)
     assert "aaa" not in str(caught.value)
+
+
+def test_a_file_that_is_no_token_costs_the_others_nothing_at_the_start(folder, caplog):
+    (folder / "bad").write_text("a typo")
+    tokens = Tokens(folder)
+    assert tokens.admit(bearer(OLD))
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.getMessage().startswith(f"a token is left out: {VARIABLE}: bad has 6 characters")
+
+
+def test_a_relative_folder_is_told_as_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{VARIABLE}: got '{tmp_path}/tokens'; allowed"):
+        Tokens.named({VARIABLE: "tokens"})
 
 
 def test_a_token_is_replaced_without_a_restart(folder, clock):
@@ -258,15 +274,14 @@ def test_a_bad_line_is_named_with_its_file_its_value_and_what_is_allowed(
 ):
     tokens = Tokens(folder, clock)
     (folder / "new").write_text(f"{NEW}\n{lines}\n")
-    with pytest.raises(ValueError, match=f"^{VARIABLE}: ") as caught:
-        Tokens(folder)
-    assert message in str(caught.value)
-    assert len(str(caught.value)) < 300
     clock.now += INTERVAL
     assert tokens.admit(bearer(OLD))  # as before
     assert not tokens.admit(bearer(NEW))
     (record,) = [one for one in caplog.records if one.levelname == "ERROR"]
-    assert record.getMessage() == f"a token is left out: {caught.value}"
+    told = record.getMessage()
+    assert told.startswith(f"a token is left out: {VARIABLE}: ")
+    assert message in told
+    assert len(told) < 300
     assert NEW not in caplog.text
     assert OLD not in caplog.text
 

@@ -92,7 +92,6 @@ def test_v1_answers_all_that_is_asked_for():
         ({"instances": [{"text": ["a"]}]}, "instances[0]: got a list of 1; allowed: a string"),
         ({"instances": [{"text": "a", "id": 1}]}, "instances[0]: got a mapping; allowed: a string"),
         ({"instances": [{}]}, "instances[0]: got a mapping"),
-        ({"instances": ["a"], "parameters": None}, "parameters: got null; allowed: a mapping"),
         ({"instances": ["a"], "parameters": [1]}, "parameters: got a list of 1; allowed"),
         ({"instances": ["a"], "signature_name": "x"}, "unknown; allowed: instances, parameters"),
         ({"instances": ["a"], "inputs": []}, "'inputs': unknown"),
@@ -162,6 +161,42 @@ def test_v2_fills_what_a_beam_did_not_find_with_its_last():
     }
 
 
+def test_no_parameters_may_be_said_by_null():
+    nothing = {"parameters": None}
+    assert answer({"instances": ["a"], **nothing})["predictions"][0][0]["text"] == "a" * 19
+    told = answer({"inputs": [BYTES | nothing], "outputs": None, **nothing})
+    assert outputs(told)["translation"]["data"] == ["a" * 19, "b" * 19]
+    assert "parameters" not in told
+
+
+def test_v2_ignores_parameters_that_it_does_not_know_and_names_them():
+    told = answer({
+        "inputs": [BYTES | {"parameters": {"content_type": "str"}}],
+        "parameters": {"max_length": 2, "priority": "bulk", "binary_data_output": False,
+                       "a\ud800": 1},
+        "outputs": [{"name": "translation", "parameters": {"binary_data": False}}],
+    })  # fmt: skip
+    assert told["outputs"] == [
+        {"name": "translation", "shape": [2, 1], "datatype": "BYTES", "data": ["aa", "bb"]}
+    ]
+    assert told["parameters"] == {"ignored": (
+        "binary_data_output, 'a\\ud800', inputs[0].content_type, outputs[0].binary_data"
+    )}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["score"], ["finish_reason", "translation"], ["tokens", "alignment", "tokens"], []],
+)
+def test_v2_answers_the_tensors_that_are_asked_for(names):
+    """What an option would have told is told."""
+    asked = {"return_scores": True, "return_tokens": True, "return_alignments": True}
+    all_of_them = outputs(answer(v2(**asked)))
+    told = outputs(answer(v2(return_scores=False) | {"outputs": [{"name": n} for n in names]}))
+    expected = dict.fromkeys(names) if names else ("translation", "finish_reason")
+    assert told == {name: all_of_them[name] for name in expected}
+
+
 @pytest.mark.parametrize("name", ["", "q", "é😀", "x" * 256])
 def test_the_id_of_v2_is_echoed(name):
     assert answer(v2() | {"id": name})["id"] == name
@@ -199,7 +234,7 @@ def test_an_id_that_is_no_unicode_text_is_refused():
         ({"data": [["a"], "b"]}, "inputs[0].data[0]: got a list of 1; allowed: a string"),
         ({"data": [["a"], [["b"]]]}, "inputs[0].data[1]: got a list of 1; allowed: a string"),
         ({"data": [[], []]}, "inputs[0].data: got a list of 0"),
-        ({"extra": 1}, "inputs[0].'extra': unknown; allowed: name, shape, datatype, data"),
+        ({"extra": 1}, "inputs[0].'extra': unknown; allowed: name, shape, datatype, parameters, "),
     ],
 )
 def test_mistakes_in_a_tensor_are_named(change, message):
@@ -215,7 +250,15 @@ def test_mistakes_in_a_tensor_are_named(change, message):
         (v2("a"), "inputs: got a list of 1; allowed: a list of one tensor"),
         ({"inputs": []}, "inputs: got a list of 0"),
         ({"inputs": BYTES}, "inputs: got a mapping"),
-        (v2() | {"outputs": []}, "'outputs': unknown; allowed: id, inputs, parameters"),
+        (v2() | {"extra": []}, "'extra': unknown; allowed: id, inputs, outputs, parameters"),
+        (v2() | {"outputs": "score"}, "outputs: got 'score'; allowed: a list of tensors"),
+        (v2() | {"outputs": ["score"]}, "outputs: got a list of 1; allowed: a list of tensors"),
+        (v2() | {"outputs": [{}]}, "outputs[0].name: got null; allowed: translation, score"),
+        (v2() | {"outputs": [{"name": "text"}]}, "outputs[0].name: got 'text'; allowed: transl"),
+        (v2() | {"outputs": [{"name": ["score"]}]}, "outputs[0].name: got a list of 1"),
+        (v2() | {"outputs": [{"name": "score", "x": 1}]}, "outputs[0].'x': unknown; allowed: name"),
+        (v2() | {"outputs": [{"name": "score", "parameters": 1}]}, "outputs[0].parameters: got 1"),
+        (v2({**BYTES, "parameters": [1]}), "inputs[0].parameters: got a list of 1; allowed: "),
         (v2() | {"parameters": "x"}, "parameters: got 'x'; allowed: a mapping of options"),
         (v2(stream=True), "stream: got true; allowed in this shape of request: false"),
         (v2(n_best=2), "n_best: got 2; allowed: at most beam_size, 1"),

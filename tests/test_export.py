@@ -209,14 +209,14 @@ def test_the_archive_holds_what_serving_needs_and_no_more(toy: Toy) -> None:
     code = {
         path.relative_to(ROOT).as_posix()
         for path in (*package.rglob("*.py"), *package.rglob("*.cu"))
-        if path.name != "seq2seq_handler.py"
+        if path.name != "seq2serve.py"
     }
     with zipfile.ZipFile(toy.store / "seq2seq.mar") as content:
         names = content.namelist()
         assert names == sorted(set(names))
         assert set(names) == code | {
             "MAR-INF/MANIFEST.json", "digests.json", "model-config.yaml", "model.pt",
-            "seq2seq_handler.py", "source.model", "target.model",
+            "seq2serve.py", "source.model", "target.model",
         }  # fmt: skip
         digests = json.loads(content.read("digests.json"))
         assert set(digests) == set(names) - {"MAR-INF/MANIFEST.json", "digests.json"}

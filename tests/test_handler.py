@@ -1,5 +1,6 @@
 """The module that TorchServe loads, in TorchServe's own hands: its context, its loader's rules."""
 
+import gzip
 import json
 import logging
 import os
@@ -28,7 +29,6 @@ from training.tokenizer import learn
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", ResourceWarning)  # it reads its version and closes no file
     from ts.context import Context, RequestProcessor
-    from ts.utils.util import list_classes_from_module
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 ONE_THREAD = {"threads": 1}
@@ -119,11 +119,6 @@ def calls(one, ctx, requests, most=200) -> dict[str, tuple]:
                 assert bodies[i] == ""
         live = [each for each in live if each[0] not in got]
     raise AssertionError(f"no reply to {live}")
-
-
-def test_the_module_has_the_one_class_that_the_loader_demands():
-    assert list_classes_from_module(seq2seq_handler) == [Seq2SeqHandler]
-    assert not hasattr(seq2seq_handler, "handle")  # which the loader would take instead
 
 
 def test_headers_are_read_whatever_their_case(unpacked):
@@ -227,6 +222,34 @@ def test_a_stream_whose_first_part_is_its_last_is_a_plain_reply(unpacked):
     assert ended is None
     assert "event: answer" in body
     assert ctx.get_response_content_type(0) == "text/event-stream"
+
+
+def test_a_compressed_body_is_expanded_within_the_limit(unpacked):
+    ctx = context(unpacked, {**ONE_THREAD, "max_request_bytes": 100})
+    one = Seq2SeqHandler()
+    one.initialize(ctx)
+    unhurried(one)
+
+    def packed(name, body, coding="gzip"):
+        return name, {"content-type": "text/plain", "Content-Encoding": coding}, {"body": body}
+
+    plain = ("plain", {"content-type": "text/plain"}, {"body": "12"})
+    bodies = {
+        "gzip": gzip.compress(b"12"), "bomb": gzip.compress(b"1\n" * 10**6), "wrong": b"12",
+    }
+    requests = [plain, *(packed(*each) for each in bodies.items()), packed("other", b"12", "br")]
+    got = calls(one, ctx, requests)
+    assert got["gzip"] == got["plain"]
+    kinds = {name: (got[name][0], json.loads(got[name][2])["type"]) for name in got.keys() - {
+        "gzip", "plain"}}
+    assert kinds == {
+        "bomb": (413, "BodyTooLarge"), "wrong": (400, "InvalidEncoding"),
+        "other": (415, "UnsupportedEncoding"),
+    }
+    other = [packed("another", b"12", "br"), plain]
+    rounds(one, ctx, other)
+    assert ctx.get_response_headers(0)["Accept-Encoding"] == "gzip, deflate"
+    assert "Accept-Encoding" not in ctx.get_response_headers(1)
 
 
 def test_when_too_many_wait_the_client_is_told_when_to_come_again(unpacked):
@@ -416,7 +439,7 @@ def test_the_archive_as_it_was_built_is_served_with_its_name_and_version(unpacke
 
 def test_any_changed_byte_is_refused_by_the_name_of_its_file(copy):
     names = [p.relative_to(copy).as_posix() for p in copy.rglob("*") if p.is_file()]
-    assert {"model.pt", "source.model", "target.model", "seq2seq_handler.py"} <= set(names)
+    assert {"model.pt", "source.model", "target.model", "seq2serve.py"} <= set(names)
     assert {"model-config.yaml", "handler/service.py", "handler/decoding/engine.py"} <= set(names)
     for name in set(names) - {MANIFEST, DIGESTS}:
         path = copy / name
@@ -527,6 +550,7 @@ def test_each_line_tells_its_level_but_what_the_frontend_reads():
         lines = formatted("it failed", exc_info=sys.exc_info()).split("\n")
     assert lines[:2] == ["WARNING it failed", "WARNING Traceback (most recent call last):"]
     assert lines[-2:] == ["WARNING ValueError: of two", "WARNING lines"]
+    assert formatted("\x1b[2J\r\u2028 날짜\tä") == "WARNING \\x1b[2J\\r\\u2028 날짜\tä"
     metric = "[METRICS]rows.Count:1|#type:GAUGE"
     assert formatted(metric) == metric
 

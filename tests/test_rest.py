@@ -1,6 +1,7 @@
 """The REST API end to end: a real TorchServe that has nothing but the archive."""
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import shutil
 import socket
 import sys
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -128,6 +130,15 @@ def test_lines_of_a_text_that_show_nothing_stay_in_their_places(server, toy):
     one, other = offline(toy, ["12", "34"])
     found = call(server, body={"text": text}).texts[0]
     assert found.split("\n") == [one, *[""] * len(lines), other]
+
+
+@pytest.mark.parametrize(("pack", "coding"), [(gzip.compress, "gzip"), (zlib.compress, "deflate")])
+@pytest.mark.parametrize(("headers", "body"), [(JSON, b'{"text": "12"}'), (TEXT, b"12\n34\n")])
+def test_a_compressed_body_is_read_like_any_other(server, headers, body, pack, coding):
+    packed = {**headers, "Content-Encoding": coding}
+    assert raw(server, pack(body), packed) == raw(server, body, headers)
+    assert raw(server, pack(bytes(10**7)), packed).error == (413, "BodyTooLarge")
+    assert raw(server, body, {**headers, "Content-Encoding": "br"}).error[0] == 415
 
 
 @pytest.mark.parametrize("name", ["content-type", "Content-Type", "CONTENT-TYPE"])

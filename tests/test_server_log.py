@@ -18,7 +18,7 @@ from test_server import GUARD_SECONDS, pack, read_until, serve
 
 from handler import logs
 from server.__main__ import main
-from server.log import with_level
+from server.log import with_level, without_quotes
 from server.options import VERBOSE
 
 SPEAKER = """
@@ -144,3 +144,33 @@ def test_the_switch_is_true_or_false(
 def test_the_level_of_a_line_is_the_workers(said: str, shown: str) -> None:
     time = "2026-01-01T00:00:00,000"
     assert with_level(f"{time} {said}") == f"{time} {shown}"
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (
+            "ERROR HttpRequestHandler -  io.netty.Post$ErrorDataDecoderException: Bad: 'a se'",
+            "WARN  HttpRequestHandler - a request ended in io.netty.Post$ErrorDataDecoderException",
+        ),
+        (
+            "ERROR HttpRequestHandler -  java.lang.IllegalArgumentException: bad /a/secret%zz",
+            "WARN  HttpRequestHandler - a request ended in java.lang.IllegalArgumentException",
+        ),
+        (
+            "ERROR HttpRequestHandler -  java.lang.OutOfMemoryError: Java heap space",
+            "ERROR HttpRequestHandler -  java.lang.OutOfMemoryError: Java heap space",
+        ),
+        (
+            'INFO  ACCESS_LOG - /127.0.0.1:80 "GET /predictions/m?a=secret&b HTTP/1.1" 200 12',
+            'INFO  ACCESS_LOG - /127.0.0.1:80 "GET /predictions/m?... HTTP/1.1" 200 12',
+        ),
+        (
+            'INFO  ACCESS_LOG - /127.0.0.1:80 "GET /ping HTTP/1.1" 200 12',
+            'INFO  ACCESS_LOG - /127.0.0.1:80 "GET /ping HTTP/1.1" 200 12',
+        ),
+    ],
+)
+def test_a_line_does_not_tell_what_a_client_said(said: str, shown: str) -> None:
+    time = "2026-01-01T00:00:00,000"
+    assert without_quotes(f"{time} {said}") == f"{time} {shown}"

@@ -23,7 +23,7 @@ from training.recipe import Recipe
 from training.run import Run, RunError, only_writer, write_atomically, write_text
 
 PACKAGE = Path(__file__).resolve().parent.parent / "handler"
-HANDLER = PACKAGE / "seq2seq_handler.py"
+HANDLER = PACKAGE / "seq2serve.py"
 CONFIG = PACKAGE / "model-config.yaml"
 MANIFEST = "MAR-INF/MANIFEST.json"
 NAME = "seq2seq"  # of the model in TorchServe, so of its URL: /predictions/seq2seq

@@ -31,7 +31,7 @@ MANIFEST = {
     "createdOn": "01/01/1980 00:00:00", "runtime": "python", "archiverVersion": "0.12.0",
     "model": {
         "modelName": "seq2seq", "modelVersion": "1.0", "serializedFile": "model.pt",
-        "handler": "seq2seq_handler.py", "configFile": "model-config.yaml",
+        "handler": "seq2serve.py", "configFile": "model-config.yaml",
     },
 }  # fmt: skip
 
@@ -161,7 +161,7 @@ def of_random_weights(folder: Path, vocabulary: int) -> tuple[Path, list[dict[st
         content.write(folder / "model.pt", "model.pt")
         for side in ("source", "target"):
             content.writestr(f"{side}.model", tokenizer)
-        for name in ("seq2seq_handler.py", "model-config.yaml"):
+        for name in ("seq2serve.py", "model-config.yaml"):
             content.write(handler / name, name)
         for path in sorted(handler.rglob("*")):
             if path.suffix in (".py", ".cu"):
