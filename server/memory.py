@@ -18,6 +18,9 @@ _NATIVE = 128  # MiB of Java beside its heap and buffers: classes, compiled code
 # MiB of a worker on a CPU without weights; measured 260 to 285, and decoding takes up to 90. On a
 # GPU it is more, for CUDA.
 _WORKER = 384
+# MiB that requests take at most, beside decoding: `costs.largest` of the archive's handler/costs.py
+# with the request_memory, max_response_bytes and batchSize of model-config.yaml.
+_REQUESTS = 262
 _SUPERVISOR = 32  # MiB
 # Weights as they are read, the copy laid out for the CPU's matrix products, and one to spare.
 _COPIES = 3
@@ -29,7 +32,7 @@ def heap_size(limit: int | None, archive: int) -> int:
     Java takes its heap, as much again for the network's buffers (its default for direct memory),
     and what it is made of; so, all in MiB,
 
-        limit >= 2 heap + 128 + worker + supervisor,  worker = 384 + 3 archive
+        limit >= 2 heap + 128 + worker + supervisor,  worker = 384 + 262 + 3 archive
 
     and heap is the largest that fits, 512 at most. Java's own choice, a quarter of the limit, knows
     nothing of the worker beside it, and the kernel kills one of the two when they meet.
@@ -43,7 +46,7 @@ def heap_size(limit: int | None, archive: int) -> int:
     """
     if limit is None:
         return HEAP
-    others = _NATIVE + _SUPERVISOR + _WORKER + _COPIES * -(-archive // MIB)
+    others = _NATIVE + _SUPERVISOR + _WORKER + _REQUESTS + _COPIES * -(-archive // MIB)
     heap = (limit // MIB - others) // 2
     if heap < _LEAST_HEAP:
         raise ServerError(
