@@ -144,9 +144,9 @@ class Admission:
         """Find out what a request may cost, by the longest translations that its options allow."""
         options = pending.request.options
         most, piece = self.options.max_response_bytes, self.longest_piece
-        held = told = least = 0
+        held = whole = largest = least = 0
         for part in pending.parts:
-            told += costs.told_of_text(part.segments, options)
+            told = costs.told_of_text(part.segments, options)
             for ids in part.sources:
                 if not ids:
                     continue
@@ -158,9 +158,12 @@ class Admission:
                 told += costs.told_of_sentence(len(ids), target, piece, options)
                 least += costs.least_told(len(ids), options)
                 yield
+            whole, largest = whole + told, max(largest, told)
         if least > most:
             raise too_long_answer(f"would have {least} bytes or more", most, options)
-        self.hold(pending, costs.of_texts(pending.request.texts) + held + 2 * min(told, most))
+        # A text is in pieces, and together, while it is written.
+        held += costs.of_texts(pending.request.texts) + min(whole, most) + min(largest, most)
+        self.hold(pending, held)
         answer = Answer(pending.request.door, options, len(pending.parts), most)
         answer.source_tokens = sum(len(ids) for part in pending.parts for ids in part.sources)
         answer.cut_texts = [i for i, part in enumerate(pending.parts) if part.cut]

@@ -281,6 +281,11 @@ class Stream:
         if not self.whole[index]:
             self.awake[index] = None
 
+    def later(self, index: int) -> None:
+        """The next time, all others that are awake come before this text."""
+        if index in self.awake:
+            self.awake[index] = self.awake.pop(index)
+
     def news(self, index: int, engine: Engine) -> str:
         """A server-sent event with text that has been decided since the last call, if there is any;
         there may be more.

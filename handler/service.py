@@ -142,7 +142,7 @@ class Service:
         until = self.clock() + most
         for pending in list(self.streams.values()):
             self.streams[pending.id] = self.streams.pop(pending.id)
-            self.continue_stream(pending)
+            self.continue_stream(pending, until)
             if self.clock() >= until:
                 break
 
@@ -191,12 +191,12 @@ class Service:
                 self.streams[one.id] = pending
             assert pending.answer is not None
             self.metrics.count("tokens_total", pending.answer.source_tokens, side="source")
+            for index, text in enumerate(pending.parts):
+                if not text.left:  # there is nothing to decode of it
+                    self.note_whole(pending, index)
             for index, place, sentence in self.admission.enter(pending):
                 self.owner[sentence] = pending, index, place
                 yield
-            for index, text in enumerate(pending.parts):
-                if not text.sources or not any(text.sources):
-                    self.note_whole(pending, index)
             self.note_complete(pending)
         except Refusal as refusal:
             self.fail(one.id, refusal.at(pending.request.door) if pending else refusal)
@@ -334,8 +334,9 @@ class Service:
         kind: Literal["whole", "last"] = "last" if stream.opened else "whole"
         return Reply(200, EVENTS, f"{news}{event(body, 'answer')}", kind)
 
-    def continue_stream(self, pending: Pending) -> None:
-        """Tell a stream what was decided since the last round.
+    def continue_stream(self, pending: Pending, until: float) -> None:
+        """Tell a stream what was decided since the last round; what there is no time for, in the
+        next.
 
         The first part goes out at once, with nothing in it: TorchServe notices that a client has
         left only once its stream is open.
@@ -345,6 +346,9 @@ class Service:
         try:
             for index in list(stream.awake):
                 stream.unsent.append(stream.news(index, self.engine))
+                stream.later(index)
+                if self.clock() >= until:
+                    break
         except Exception:
             logger.exception("a stream could not be continued")
             self.fail(pending.id, internal_error())

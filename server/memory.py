@@ -19,7 +19,7 @@ _LEAST_HEAP = 192  # MiB
 # Of Java's memory for the network, in parts of the heap: 336 requests of 256 KiB are 84 MiB, and
 # what is left holds answers until their clients have read them.
 _DIRECT = 5 / 8
-_REQUESTS = 84  # MiB
+_BODIES = 84  # MiB
 # MiB of one answer of max_response_bytes, as Java grows its buffer.
 _ANSWER = 8
 _NATIVE = 128  # MiB of Java beside its heap and buffers: classes, compiled code, threads
@@ -35,6 +35,9 @@ _SHARES = 1 + _DIRECT + _UPLOADS * _BUFFER
 # MiB of a worker on a CPU without weights; measured 260 to 285, and decoding takes up to 90. On a
 # GPU it is more, for CUDA.
 _WORKER = 384
+# MiB that requests take at most, beside decoding: `costs.largest` of the archive's handler/costs.py
+# with the request_memory, max_response_bytes and batchSize of model-config.yaml.
+_REQUESTS = 262
 _SUPERVISOR = 32  # MiB
 # Weights as they are read, the copy laid out for the CPU's matrix products, and one to spare.
 _COPIES = 3
@@ -58,7 +61,7 @@ class Shares:
     @property
     def front(self) -> FrontLimits:
         """What the front may let happen at once with that."""
-        return FrontLimits(int(self.heap * _UPLOADS), max(1, (self.direct - _REQUESTS) // _ANSWER))
+        return FrontLimits(int(self.heap * _UPLOADS), max(1, (self.direct - _BODIES) // _ANSWER))
 
 
 def shares(limit: int | None, archive: int) -> Shares:
@@ -67,7 +70,7 @@ def shares(limit: int | None, archive: int) -> Shares:
     Java takes its heap, 5/8 of that for the network's buffers, and what it is made of; the front
     takes 0.22 of the heap for the bodies of requests; so, all in MiB,
 
-        limit >= 1.845 heap + 128 + 48 + worker + supervisor,  worker = 384 + 3 archive
+        limit >= 1.845 heap + 128 + 48 + worker + supervisor,  worker = 384 + 262 + 3 archive
 
     and heap is the largest that fits, 512 at most. Java's own choice, a quarter of the limit, knows
     nothing of those beside it, and the kernel kills one of them when they meet.
@@ -81,7 +84,7 @@ def shares(limit: int | None, archive: int) -> Shares:
     """
     if limit is None:
         return _with(HEAP)
-    others = _NATIVE + _FRONT + _SUPERVISOR + _WORKER + _COPIES * -(-archive // MIB)
+    others = _NATIVE + _FRONT + _SUPERVISOR + _WORKER + _REQUESTS + _COPIES * -(-archive // MIB)
     heap = int((limit // MIB - others) / _SHARES)
     if heap < _LEAST_HEAP:
         least = math.ceil(_LEAST_HEAP * _SHARES)

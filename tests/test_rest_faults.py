@@ -35,6 +35,17 @@ BATCH, QUEUE, WAITING = 16, 16, 1100  # requests, requests, sentences
 SLOW = {"text": ["9" * 60] * 24, "beam_size": 8, "min_length": 60}
 
 
+LONG = {"text": ["9" * 60] * 1000, "split": False, "return_alignments": True}
+EXPENSIVE = [  # and how they are answered
+    (LONG | {"min_length": 60, "max_length": 60}, (413, "AnswerTooLong")),
+    (LONG | {"min_length": 40, "max_time": 60}, (413, "AnswerTooLong")),
+    (LONG | {"beam_size": 8, "n_best": 8}, (413, "TooExpensive")),
+    ({"text": "1" + "\n" * 100_000 + "2", "beam_size": 64, "n_best": 64}, (413, "AnswerTooLong")),
+    ({"text": ["12"] * 20, "beam_size": 64, "n_best": 64, "return_tokens": True}, None),
+    ({"text": ["9" * 60] * 60, "return_alignments": True}, None),
+]
+
+
 def changed(source: Path, target: Path, member: str) -> None:
     """A whole and valid archive, in which one byte of one member is another."""
     with zipfile.ZipFile(source) as given, zipfile.ZipFile(target, "w") as built:
@@ -312,3 +323,21 @@ def test_a_changed_archive_is_refused_by_the_name_of_its_file(toy, tmp_path, mem
     server = TorchServe(options(tmp_path))
     with pytest.raises(ServerError, match=f"IntegrityError: {member} in the archive"), server:
         pytest.fail("is ready")
+
+
+def test_expensive_requests_at_once_neither_kill_the_worker_nor_stop_a_stream(server):
+    worker = psutil.Process(workers(server)[0])
+    before, most = worker.memory_info().rss, 0
+    with ThreadPoolExecutor(len(EXPENSIVE) + 1) as pool:
+        asked = [pool.submit(call, server, body=body) for body, _ in EXPENSIVE]
+        stream = pool.submit(
+            streamed, server, {"text": ["123456"] * 20, "min_length": 20, "stream": True}
+        )
+        while not all(one.done() for one in asked):
+            most = max(most, worker.memory_info().rss)
+            time.sleep(0.01)
+        for one, (_, expected) in zip(asked, EXPENSIVE):
+            reply = one.result()
+            assert (reply.status == 200) if expected is None else (reply.error == expected)
+        assert stream.result()
+    assert most - before < 200e6

@@ -141,6 +141,18 @@ def test_sentences_are_encoded_together_and_enter_as_rows_become_free():
     assert (scheduler.rows_in_use, scheduler.live_count, scheduler.waiting_count) == (4, 4, 25)
 
 
+@pytest.mark.parametrize(("capacity", "together"), [(64, 5), (256, 17)])
+def test_long_sentences_are_encoded_a_few_at_a_time(capacity, together):
+    """Nobody decodes meanwhile: 1,024 tokens and the rest of a sentence, or 16 a row."""
+    scheduler = Scheduler(capacity)
+    for _ in range(50):
+        scheduler.admit(Sentence(next(IDS), [9] * 249 + [3], DecodingOptions(), 20))
+    plan, _ = scheduler.plan(0.0, fresh=True)
+    assert len(plan.encode) == together
+    assert len(plan.enter) == together
+    assert len(scheduler.plan(0.0, fresh=False)[0].encode) == together  # rows are free still
+
+
 def test_few_newcomers_wait_for_the_next_call_where_rows_are_busy():
     scheduler = Scheduler(16)
     entered(scheduler, *[1] * 15)

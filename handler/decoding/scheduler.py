@@ -16,6 +16,9 @@ from handler.decoding.turns import Caller, Queue, Status, Ticket
 
 MANY = 1024  # entries of ended sentences, from which on they are looked for and forgotten
 ENCODED_AHEAD = 16  # sentences; encoding one takes nearly as long as encoding several
+# Source tokens that are encoded together, in all and for each row: nobody decodes meanwhile, and 64
+# sentences of 250 tokens would take as long as 18 rounds of the service on a CPU.
+ENCODED_TOKENS, ENCODED_TOKENS_A_ROW = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -179,13 +182,16 @@ class Scheduler:
     def encoding(self) -> list[Sentence]:
         """The sentences whose turn is next, for all free rows and some ahead."""
         taken: list[Sentence] = []
-        while len(taken) < max(ENCODED_AHEAD, self.capacity - self.rows_in_use):
+        tokens = max(ENCODED_TOKENS, ENCODED_TOKENS_A_ROW * self.capacity)
+        count = max(ENCODED_AHEAD, self.capacity - self.rows_in_use)
+        while len(taken) < count and tokens > 0:
             ticket = self.queue.take()
             if ticket is None:
                 break
             self.move(ticket, Status.ENCODED)
             self.encoded.append(ticket)
             taken.append(ticket.sentence)
+            tokens -= len(ticket.sentence.source)
         return taken
 
     def entering(self) -> list[int]:
