@@ -304,7 +304,7 @@ BROKEN = [
     ("namespace_pod:seq2serve_arrivals:rate5m", '{namespace="seq2serve"}', ""),
     ("namespace_pod:seq2serve_completions:rate5m", ',outcome="ok"', ""),
     ("namespace_pod_reason:seq2serve_refusals:rate5m", ", reason", ""),
-    ("namespace:seq2serve_errors:ratio2m", "Requests5XX", "Requests4XX"),
+    ("namespace:seq2serve_errors:ratio2m", 'code="5xx"', 'code="4xx"'),
 ]
 
 

@@ -71,9 +71,9 @@ class Scrape:
         return sum(v for n, own, v in self.samples if n == name and own.items() >= labels.items())
 
 
-def fetched(address: str) -> str:
+def fetched(address: str, path: str = "/metrics") -> str:
     with closing(http.client.HTTPConnection(address, timeout=GUARD_SECONDS)) as connection:
-        connection.request("GET", "/metrics")
+        connection.request("GET", path)
         return connection.getresponse().read().decode()
 
 
@@ -122,7 +122,8 @@ def scrape(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Scrape:
         assert metrics is not None
 
         def look() -> Scrape:
-            return Scrape(fetched(metrics[1]) + one.probe("/metrics")[1])
+            front = fetched(metrics[1], "/front/metrics")
+            return Scrape(fetched(metrics[1]) + front + one.probe("/metrics")[1])
 
         assert [
             status(address, {"text": ["12", "345"]}),
@@ -188,7 +189,10 @@ def test_what_the_alerts_count_was_counted(scrape: Scrape) -> None:
     assert scrape.value("seq2seq_refusals_total", reason="Unauthorized") == 1
     assert scrape.value("seq2seq_refusals_total", reason="InvalidOption") == 1
     assert scrape.value("ts_inference_requests_total") == 7
-    assert scrape.value("Requests5XX") >= 1  # of the worker that was killed
+    # Of the worker that was killed.
+    assert scrape.value(
+        "haproxy_frontend_http_responses_total", proxy="clients", code="5xx"
+    ) >= 1
     assert scrape.value("seq2seq_row_capacity") == 64
 
 

@@ -39,7 +39,6 @@ DOORS = {
     "card": (f"{PREDICT}/{{version}}/card", None, {}, 200, NATIVE),
     "schema": (f"{PREDICT}/{{version}}/schema", None, {}, 200, NATIVE),
     "elsewhere": (f"{PREDICT}/{{version}}/elsewhere", None, {}, 404, NATIVE),
-    "explanations": ("/explanations/seq2seq", body({"text": "12"}), JSON, 404, NATIVE),
     "broken": (PREDICT, b"{", JSON, 400, NATIVE),
     "nothing": (PREDICT, b"", {}, 400, NATIVE),
 }
@@ -186,7 +185,7 @@ def test_what_watches_the_server_needs_no_token(guarded):
     assert guarded.is_ready()
     scraped(guarded, lambda figures: any("Unauthorized" in str(key) for key in figures))
     with closing(connected(guarded.url)) as connection:
-        connection.request("GET", "/ping")
+        connection.request("GET", "/v2/health/ready")
         assert connection.getresponse().status == 200
 
 

@@ -132,8 +132,17 @@ class Supervised:
 
     @property
     def java(self) -> int | None:
+        found = self.child("java")
+        return found.pid if found is not None else None
+
+    @property
+    def front(self) -> psutil.Process | None:
+        return self.child("haproxy")
+
+    def child(self, name: str) -> psutil.Process | None:
         with contextlib.suppress(psutil.Error):
-            return next((one.pid for one in psutil.Process(self.process.pid).children()), None)
+            children = psutil.Process(self.process.pid).children()
+            return next((one for one in children if one.name() == name), None)
         return None
 
     def until(self, start: str) -> str:
@@ -223,6 +232,24 @@ def test_when_java_is_killed_it_ends_with_the_reason(sleeper):
         assert status == 1
         assert re.search(r"^error: TorchServe stopped with exit status -9: ", said, re.MULTILINE)
         assert group_members(java) == []
+
+
+def test_a_front_that_dies_is_replaced_and_java_that_is_silent_is_told(sleeper):
+    with Supervised(sleeper, "--settle-seconds", "1000") as one:
+        address = one.until_ready()
+        assert one.until_probe("/readyz", 200) == "ok\n"
+        one.front.kill()
+        assert json.loads(answered(address, "tell"))
+        assert one.metrics()["seq2serve_front_restarts_total"] == 1
+        java, front = psutil.Process(one.java), one.front
+        java.suspend()
+        assert re.fullmatch(
+            r"TorchServe has not answered for 1\d s\n", one.until_probe("/livez", 503)
+        )
+        java.resume()
+        one.until_probe("/livez", 200)
+        one.process.kill()
+        assert front.wait(GUARD_SECONDS) is None or not front.is_running()
 
 
 # In flight when the end is asked for: more than run at once, so that some wait in the queue.
