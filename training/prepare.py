@@ -37,7 +37,7 @@ from training.corpus import (
 from training.dates import DatesOptions, write_corpus
 from training.recipe import CleaningOptions, DataOptions, FilesOptions, Recipe
 from training.run import write_json
-from training.tokenizer import encoder, train_tokenizers
+from training.tokenizer import encoder, smaller, train_tokenizers
 from training.tokens import CHUNK, IdPair, TokenPairs
 
 GIVEN = ("test", "validation")  # sets that are read as they are, or else held out
@@ -84,6 +84,7 @@ def prepare(recipe: Recipe, run: Path) -> Report:
             run / "tokenizer",
         )
         models, special = run / "tokenizer", SpecialTokens()
+        report.warnings += smaller(recipe.tokenizer, models)
         fitting = fit(tokens(work, "train", models), recipe.cleaning, report)
         if TokenPairs.write(work / "train.tokens", fitting, special) == 0:
             raise CorpusError(f"data.train: no pair is left to train on\n{report.table()}")
@@ -132,6 +133,12 @@ def split(recipe: Recipe, texts: dict[str, Text], work: Path) -> tuple[Report, l
     if missing:
         pairs = texts["train"].pairs("choosing sentences to hold out")
         held_out = choose_held_out(pairs, missing, recipe.data.held_out)
+        count = len(held_out) // len(missing)
+        if count < recipe.data.held_out:
+            report.warnings.append(
+                f"data.held_out: {recipe.data.held_out} asked for; the text has too few sentences, "
+                f"so {count} are held out for {' and '.join(missing)}"
+            )
     watched = set().union(*given.values())
     leaked: set[int] = set()
     with ExitStack() as stack:
