@@ -7,7 +7,7 @@
 # A CUDA build needs no other base: torch's packages bring CUDA's libraries, the node its driver.
 # For production give both bases by digest, as a tag may be another image tomorrow:
 #   --build-arg BASE=docker.io/library/python@sha256:... --build-arg BUILDER=...
-# Any base will do that has python3 (3.10 to 3.13) with venv, sh, and glibc of 2.28 or later; and any
+# Any base will do that has python3 (3.11 to 3.13) with venv, sh, and glibc of 2.28 or later; and any
 # builder that has g++ beside the same python3 in the same place, and no later glibc.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 ARG BUILDER=docker.io/library/python:3.11-bookworm

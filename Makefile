@@ -1,6 +1,9 @@
-# Everything a user types. `make demo` and `make test` need Python 3.10-3.13 and make, nothing else.
+# Everything a user types. `make demo` and `make test` need Python 3.11-3.13 and make, nothing else.
 
 PYTHON ?= python3
+# The versions that every pin of pyproject.toml is tried with. 3.14 has all the packages, but torch
+# says that TorchScript, which is what is served, is not supported there.
+PYTHONS := 3.11 3.12 3.13
 RECIPE ?= recipes/dates.yaml
 # Folder of the run; else runs/ and the name in the recipe.
 RUN ?=
@@ -37,7 +40,9 @@ TRAINING = $(BIN)/python -m training
 OPTIONS = $(call quoted,RECIPE) $(call option,--run,RUN) $(call option,--data,DATA) $(call option,--set,SET)
 FOLDER = $(TRAINING) folder $(OPTIONS)
 BUILD = $(TRAINING) build $(OPTIONS) --until
-TORCH_VERSION := $(shell sed -n 's/^ *"torch==\([^"]*\)".*/\1/p' pyproject.toml)
+pinned = $(shell sed -n 's/^ *"$1==\([^"]*\)".*/\1/p' pyproject.toml)
+TORCH_VERSION := $(call pinned,torch)
+UV_VERSION := $(call pinned,uv)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -48,6 +53,16 @@ help:  ## list the verbs
 
 setup: $(READY)  ## make .venv with everything pinned in pyproject.toml (TORCH=cuda for GPUs)
 
+# Two makes at once would spoil each other's environment: the second waits, and finds it made.
+LOCKED := import fcntl, os, sys; lock = os.open("$(VENV)/lock", os.O_CREAT | os.O_RDWR); \
+  os.set_inheritable(lock, True); fcntl.flock(lock, fcntl.LOCK_EX); os.execvp(sys.argv[1], sys.argv[1:])
+
+ifndef LOCK_HELD
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; mine = "%d.%d" % sys.version_info[:2]; sys.exit(None if mine in "$(PYTHONS)".split() \
+	  else "setup: $(PYTHON) is Python " + mine + "; allowed: $(PYTHONS), as in make setup PYTHON=python3.12")'
+	@mkdir -p $(VENV) && exec $(PYTHON) -c '$(LOCKED)' $(MAKE) -s $@ LOCK_HELD=yes
+else
 # The CPU build of torch comes from wherever pip is pointed, or from PyTorch's own index, which uv
 # knows by name. Only where neither has one is it the default build. Going from one build to the
 # other takes the first one out: to pip they are the same version.
@@ -57,7 +72,7 @@ $(READY): pyproject.toml
 	@echo "installing torch $(TORCH_VERSION) ($(TORCH) build)"
 ifeq ($(TORCH),cpu)
 	@$(BIN)/pip install -q torch==$(TORCH_VERSION)+cpu 2>/dev/null \
-	|| { $(BIN)/pip install -q uv==0.13.9 && \
+	|| { $(BIN)/pip install -q uv==$(UV_VERSION) && \
 	     $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu torch==$(TORCH_VERSION) 2>/dev/null; } \
 	|| $(BIN)/pip install -q torch==$(TORCH_VERSION)
 else
@@ -66,6 +81,7 @@ endif
 	@echo "installing the rest"
 	@$(BIN)/pip install -q -e '.[dev]'
 	@touch $@
+endif
 
 # Python knows what of a run is done for this recipe and its text: see training/stages.py.
 prepare: | $(READY)  ## clean the text, train the tokenizers

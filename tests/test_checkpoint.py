@@ -312,13 +312,14 @@ class Grown:
     seed: int = 1
     added: str = "new"
     replaced: str = dataclasses.field(default="new", metadata={"before": "old"})
+    split: int = dataclasses.field(default=0, metadata={"before": lambda then: then["seed"] - 1})
 
 
 def test_a_default_that_is_not_what_was_done_before_counts() -> None:
     assert checkpoint.unlike("x", {"seed": 1}, Grown()) == {"replaced": ("old", "new")}
     assert checkpoint.unlike("x", {"seed": 1}, Grown(replaced="old")) == {}
     assert checkpoint.unlike("x", {"seed": 2, "added": "a", "replaced": "new"}, Grown()) == {
-        "seed": (2, 1), "added": ("a", "new"),
+        "seed": (2, 1), "added": ("a", "new"), "split": (1, 0),
     }  # fmt: skip
 
 

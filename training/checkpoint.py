@@ -232,7 +232,8 @@ def unlike(section: str, then: dict[str, Any], options: Any) -> dict[str, tuple[
 
 def completed(then: dict[str, Any], options: Any) -> dict[str, Any]:
     """Stored options with a value for each that they lack, as they are older than it: what the
-    program did before there was the option. That is its default, or `before` in its metadata.
+    program did before there was the option. That is its default, or `before` in its metadata, which
+    may be a function of the stored options.
 
     Args:
         options: the same ones of today, which tell what there is.
@@ -240,7 +241,8 @@ def completed(then: dict[str, Any], options: Any) -> dict[str, Any]:
     held = {}
     for one in fields(options):
         default = one.default_factory() if callable(one.default_factory) else one.default
-        former = then.get(one.name, one.metadata.get("before", default))
+        before = one.metadata.get("before", default)
+        former = then.get(one.name, before(then) if callable(before) else before)
         now = getattr(options, one.name)
         if isinstance(former, dict) and is_dataclass(now):
             former = completed(former, now)

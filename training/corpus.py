@@ -215,7 +215,8 @@ class Seen:
 def choose_held_out(
     pairs: Iterable[Pair], sets: Sequence[str], count: int, options: CleaningOptions
 ) -> dict[int, str]:
-    """Picks `count` distinct source sentences for each of `sets`, of pairs that are no `junk`.
+    """Picks `count` distinct source sentences for each of `sets`, of pairs that are no `junk`;
+    where there are no more than two sets would take, a tenth of them for each.
 
     The choice depends on the sentences alone, not on their order or on a seed, and what the
     first set gets does not depend on whether there is a second.
@@ -226,7 +227,7 @@ def choose_held_out(
     Raises:
         CorpusError: too few distinct sentences to leave one for training.
     """
-    wanted = count * len(sets)
+    most = 2 * count
     chosen: set[int] = set()
     heap: list[int] = []  # the smallest keys so far, negated: the largest of them comes first
     for pair in pairs:
@@ -235,17 +236,19 @@ def choose_held_out(
         k = key(pair.source)
         if k in chosen:
             continue
-        if len(heap) <= wanted:
+        if len(heap) <= most:
             heapq.heappush(heap, -k)
             chosen.add(k)
         elif k < -heap[0]:
             chosen.remove(-heapq.heapreplace(heap, -k))
             chosen.add(k)
+    if len(heap) <= most:
+        count = max(1, len(heap) // 10)
+    wanted = count * len(sets)
     if len(heap) <= wanted:
         raise CorpusError(
-            f"data.held_out: got {count} for {' and '.join(sets)} each, which needs at least "
-            f"{wanted + 1} distinct source sentences in data.train; it has {len(heap)}; "
-            f"allowed: a smaller held_out, or files for {' and '.join(sets)}"
+            f"data.train: has {len(heap)} distinct source sentences; allowed: at least "
+            f"{wanted + 1}, as {' and '.join(sets)} get one each; or files for them"
         )
     return {k: sets[i // count] for i, k in enumerate(sorted(chosen)[:wanted])}
 

@@ -39,7 +39,7 @@ from training.dates import DatesOptions, write_corpus
 from training.normalization import Changes, changes, of_target
 from training.recipe import CleaningOptions, DataOptions, FilesOptions, Recipe
 from training.run import write_json
-from training.tokenizer import Unlearnable, encoder, train_tokenizers
+from training.tokenizer import Unlearnable, encoder, smaller, train_tokenizers
 from training.tokens import CHUNK, IdPair, TokenPairs
 
 GIVEN = ("test", "validation")  # sets that are read as they are, or else held out
@@ -92,6 +92,7 @@ def prepare(recipe: Recipe, run: Path) -> Report:
         rule = of_target(recipe.tokenizer).rule
         report.warnings += [one.warning(name, rule) for name, one in changed.items() if one.changed]
         models, special = run / "tokenizer", SpecialTokens()
+        report.warnings += smaller(recipe.tokenizer, models)
         fitting = fit(tokens(work, "train", models), recipe.cleaning, report)
         if TokenPairs.write(work / "train.tokens", fitting, special) == 0:
             raise CorpusError(f"data.train: no pair is left to train on\n{report.table()}")
@@ -141,6 +142,12 @@ def split(recipe: Recipe, texts: dict[str, Text], work: Path) -> tuple[Report, l
     if missing:
         pairs = texts["train"].pairs("choosing sentences to hold out")
         held_out = choose_held_out(pairs, missing, recipe.data.held_out, recipe.cleaning)
+        count = len(held_out) // len(missing)
+        if count < recipe.data.held_out:
+            report.warnings.append(
+                f"data.held_out: {recipe.data.held_out} asked for; the text has too few sentences, "
+                f"so {count} are held out for {' and '.join(missing)}"
+            )
     watched = set().union(*given.values())
     leaked: set[int] = set()
     with ExitStack() as stack:

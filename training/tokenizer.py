@@ -41,8 +41,8 @@ def train_tokenizers(
             so many are learnt from.
 
     Raises:
-        CorpusError: a vocabulary that is too large or too small for the text; the message names
-            the option and what is allowed.
+        CorpusError: a vocabulary that is too small for the text; the message names the option and
+            what is allowed.
         Unlearnable: any other failure.
     """
     most = options.training_sentences
@@ -74,7 +74,8 @@ def learn(
     option: str,
     rule: Normalization = Normalization(),
 ) -> bytes:
-    """A SentencePiece model of exactly `size` pieces; `option` is what `size` is called."""
+    """A SentencePiece model of `size` pieces, or of all that the text has; `option` is what `size`
+    is called."""
     model = io.BytesIO()
     stopped: list[BaseException] = []
 
@@ -91,6 +92,7 @@ def learn(
             model_writer=model,
             model_type=options.algorithm,
             vocab_size=size,
+            hard_vocab_limit=False,  # fewer pieces where the text has no more
             byte_fallback=options.byte_fallback,
             character_coverage=options.character_coverage,
             normalization_rule_name=rule.rule,
@@ -116,6 +118,17 @@ def learn(
         told = " ".join(str(error).split())
         raise Unlearnable(f"SentencePiece cannot learn from the training text: {told}") from None
     return model.getvalue()
+
+
+def smaller(options: TokenizerOptions, folder: Path) -> list[str]:
+    """A warning for each vocabulary in `folder` that has fewer pieces than it was asked for."""
+    return [
+        f"tokenizer.{side}_vocabulary: {asked} pieces asked for; the training text has no more "
+        f"than {size}"
+        for side in ("source", "target")
+        if (size := Tokenizer(folder / f"{side}.model").size)
+        < (asked := getattr(options, f"{side}_vocabulary"))
+    ]
 
 
 def spread(lines: Iterable[str], count: int, most: int) -> Iterator[str]:
@@ -144,8 +157,6 @@ def encoder(model: Path) -> Callable[[list[str]], list[list[int]]]:
 def limit(message: str) -> str | None:
     """SentencePiece's complaint about a vocabulary size, in the words of a recipe; None if it is
     about something else."""
-    if found := re.search(r"Vocabulary size too high .* value <= (\d+)", message):
-        return f"the training text has no more pieces; allowed: at most {found[1]}"
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return (
             "every character of the training text needs a piece (see character_coverage), 4 are "
