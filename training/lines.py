@@ -14,7 +14,7 @@ from handler.decoding.model import packed
 from handler.decoding.offline import in_order
 from handler.request import RequestOptions
 from handler.sentences import Segment, split
-from handler.tokenizer import Tokenizer
+from handler.tokenizer import Tokenizer, blank
 
 ROWS = 64  # hypotheses decoded together offline
 
@@ -72,7 +72,8 @@ def each(
                 yield error
 
     def part_of(line: str, number: int) -> Part:
-        """A line in sentences that can be decoded."""
+        """A line in sentences that can be decoded; none of one that shows nothing."""
+        line = "" if blank(line) else line
         segments = split(line) if options.split else [Segment(line.strip(), "")]
         sources: list[list[int]] = []
         for text in (one.text for one in segments if one.text):
