@@ -16,7 +16,7 @@ from handler.decoding.offline import in_order
 from handler.extras import MissingPackage
 from handler.request import RequestOptions
 from handler.sentences import Segment, Splitter, source_language
-from handler.tokenizer import Tokenizer
+from handler.tokenizer import Tokenizer, blank
 
 ROWS = 64  # hypotheses decoded together offline
 
@@ -76,7 +76,8 @@ def each(
                 yield error
 
     def part_of(line: str, number: int) -> Part:
-        """A line in sentences that can be decoded."""
+        """A line in sentences that can be decoded; none of one that shows nothing."""
+        line = "" if blank(line) else line
         segments: list[Segment] = []
         sources: list[list[int]] = []
         for piece, ids in pieces_of(line, number):
