@@ -99,6 +99,11 @@ class Seq2SeqHandler:
                 "batch_invariant": engine.invariant,
             },
         )
+        if self.service.admission.splitter.missing:
+            logger.warning(
+                "texts of several sentences are refused unless split is false: splitting %s",
+                self.service.admission.splitter.missing,
+            )
         times.append(time.perf_counter())
         self.service.warm_up()
         times.append(time.perf_counter())

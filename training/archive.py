@@ -1,7 +1,8 @@
 """Verb `archive`: model.pt, tokenizers, handler and configuration in one .mar for TorchServe.
 
-The archive needs nothing beside it but a TorchServe 0.12 with torch and sentencepiece. The same
-inputs give the same bytes: entries are sorted, and carry no time of building.
+The archive needs nothing beside it but a TorchServe 0.12 with torch, sentencepiece and PyYAML: what
+else the handler uses is pure Python and travels in it. The same inputs give the same bytes: entries
+are sorted, and carry no time of building.
 """
 
 import json
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from handler.extras import PINS, MissingPackage, package
 from handler.integrity import sha256, write_digests
 from training.export import exported, library
 from training.recipe import Recipe
@@ -58,7 +61,27 @@ def stage(run: Run, staging: Path) -> None:
         shutil.copy(library(run), staging)
     for side in ("source", "target"):
         shutil.copy(run.tokenizer / f"{side}.model", staging)
+    for name in PINS:
+        bring(name, staging)
     write_digests(staging)
+
+
+def bring(name: str, staging: Path) -> None:
+    """A package's modules, and its description and licence, as they are where it is installed.
+
+    Raises:
+        RunError: it is not, or in another version.
+    """
+    try:
+        package(name)
+    except MissingPackage as error:
+        raise RunError(f"archive: {error}") from None
+    for one in metadata.files(name) or ():
+        described = one.parent.name.endswith(".dist-info") and one.name == "METADATA"
+        if ".." not in one.parts and (one.suffix == ".py" or described or "licenses" in one.parts):
+            path = staging / one
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(str(one.locate()), path)
 
 
 def pack(recipe: Recipe, staging: Path, out: Path, temporary: Path) -> None:
