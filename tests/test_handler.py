@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -435,6 +436,26 @@ def test_the_archive_as_it_was_built_is_served_with_its_name_and_version(unpacke
     }
     assert one.service.engine.device == torch.device("cpu")
     assert torch.get_num_threads() == 1
+
+
+def test_the_splitter_is_the_archive_s_own(unpacked, tmp_path):
+    ask = "from handler.extras import package; print(package('sentencex').__file__)"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+    )
+    assert Path(done.stdout.strip()).is_relative_to(unpacked)
+
+
+def test_an_archive_without_the_splitter_says_so_and_is_served(copy, monkeypatch, caplog):
+    for one in copy.glob("sentencex*"):
+        shutil.rmtree(one)
+    write_digests(copy)
+    monkeypatch.setitem(sys.modules, "sentencex", None)
+    one = initialized(copy)
+    assert "texts of several sentences are refused unless split is false" in caplog.text
+    assert "needs sentencex" in caplog.text
+    assert one.service.admission.splitter.name is None
 
 
 def test_any_changed_byte_is_refused_by_the_name_of_its_file(copy):

@@ -152,9 +152,11 @@ def test_classes_are_written_down_when_all_is_in_its_place(stages):
 
 def test_versions_are_those_of_pyproject(stages):
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
-    assert listed is not None
-    wanted = set(re.findall(r'^ *"([\w.-]+)==', listed[1], re.MULTILINE))
+    wanted: set[str] = set()
+    for name in ("dependencies", "serving"):
+        listed = re.search(rf"^{name} = \[.*?\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+        assert listed is not None
+        wanted |= set(re.findall(r'^ *"([\w.-]+)==', listed[1], re.MULTILINE))
     runs = {
         name: " && ".join(rest for word, rest in stages[name][1] if word == "RUN")
         for name in ("torch", "serving-files", "training-files")

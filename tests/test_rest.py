@@ -177,6 +177,7 @@ def test_the_card_is_that_of_the_run(server, toy):
         serving = card.pop("serving")
         assert card == json.loads(load(str(toy.run.model), CPU).card)
         assert (serving["device"], serving["weights"], serving["rows"]) == ("cpu", "float32", 64)
+        assert serving["splitter"] == "sentencex 0.6.1, en"
         assert card["scores"] == toy.run.read_json(toy.run.scores, "evaluate")
 
 
@@ -195,6 +196,16 @@ def test_a_paragraph_is_answered_sentence_by_sentence(server, toy):
     whole = call(server, body={"text": text, "split": False}).json
     assert "\n" not in whole["translations"][0][0]["text"]
     assert whole["usage"]["source_tokens"] == len(tokenizers(toy.run)[0].encode(text)) + 1
+
+
+def test_a_sentence_that_is_too_long_is_cut_and_told(server, toy):
+    long = " ".join(["271"] * 60) + ", " + " ".join(["82"] * 60)
+    reply = call(server, body={"text": ["8", long]})
+    assert reply.texts == offline(toy, ["8", long])
+    assert reply.json["usage"]["cut_texts"] == [1]
+    assert call(server, body={"text": long, "split": False}).error == (413, "TextTooLong")
+    wrapped = call(server, body={"text": "27\n1\n\n8", "join_lines": True})
+    assert wrapped.texts == ["\n\n".join(offline(toy, ["27 1", "8"]))]
 
 
 def test_a_prefix_begins_the_first_sentence_of_each_text(server, toy):

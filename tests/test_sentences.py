@@ -1,13 +1,16 @@
 """Paragraphs to sentences and back: cases a person can check, and laws for any text."""
 
 import re
+import sys
 import time
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from handler.sentences import LINE_BREAK, Segment, Splitter, join
+from handler.extras import MissingPackage
+from handler.pieces import at_once
+from handler.sentences import LINE_BREAK, Segment, Splitter, join, source_language, unwrapped
 from training.dates import DatesOptions, all_days, spellings, surfaces, write_corpus
 
 SPLIT = {
@@ -94,12 +97,68 @@ WHOLE = [
     "！！！", "...", "。", "?! !? ?!", ". . . A",
 ]  # fmt: skip
 
+# Single sentences, most with an abbreviation before a capital letter.
+SINGLE = [
+    ("nl", "De firma bijv. Philips doet dat."),
+    ("nl", "Hij woont t.o.v. Amsterdam ver weg."),
+    ("it", "Il dott. Verdi non risponde."),
+    ("it", "L'ing. Ferri lo sa."),
+    ("pt", "Falei com o Exmo. Senhor Dias."),
+    ("pt", "O eng. Costa assinou."),
+    ("es", "El Ing. Soto firmó."),
+    ("es", "Gracias al Prof. Gil."),
+    ("fr", "Le Dr. Petit est là."),
+    ("fr", "Il habite bd. Voltaire."),
+    ("fr", "Le gén. Martin parle."),
+    ("de", "Er wohnt in der Haupstr. Sieben."),
+    ("de", "Siehe Tab. Drei im Anhang."),
+    ("de", "Er kam ugs. Bescheid zu sagen."),
+    ("de", "Der Prof. Dr. med. Weber sprach."),
+    ("en", "Beta Corp. North America leads."),
+    ("en", "See Tab. Three for it."),
+    ("en", "The Univ. Hospital is near."),
+    ("en", "The Ltd. Company closed."),
+    ("en", "Model No. Seven sold."),
+    ("pl", "Mieszkam przy ul. Nowej od roku."),
+    ("pl", "Firma im. Kopernika działa."),
+    ("pl", "Patrz str. Piąta."),
+    ("cs", "Města, např. Praha, jsou stará."),
+    ("cs", "Byl to tzv. Velký pátek."),
+    ("tr", "Bkz. Tablo dört."),
+    ("tr", "Av. Demir aradı."),
+    ("sv", "Se s. Tre."),
+    ("no", "F.eks. Oslo er stor."),
+    ("hu", "Pl. Budapest nagy."),
+    ("ro", "Str. Mare este aici."),
+    ("id", "Ia tinggal di Jl. Merdeka."),
+    ("vi", "Ông ở TP. Hồ Chí Minh."),
+    ("uk", "Це м. Київ."),
+    ("ru", "См. Таблицу."),
+    ("ru", "Т. е. Иван прав."),
+    ("el", "Ο κ. Παππάς ήρθε."),
+    ("hi", "डॉ. शर्मा आए।"),
+    ("he", "ד. לוי בא."),
+    ("ja", "彼は「はい。」と言った。"),
+    ("zh", "Dr. 王来了。"),
+    ("ja", "つのだ☆ひろ！と呼ぶ。"),
+]  # fmt: skip
+
+# Two sentences, though the first ends as some abbreviation of the language is written.
+TWO = [
+    ("en", "He saw me.", "The man."), ("en", "She is ill.", "It is art."),
+    ("de", "Er mag mich.", "Ja."), ("it", "Lui va a casa.", "Lei resta."),
+    ("nl", "Hij is thuis.", "Zij niet."),
+    ("ru", "Он дома.", "Она тоже."), ("cs", "Je doma.", "Ona taky."),
+    ("pl", "On spał.", "Ona nie."),
+]  # fmt: skip
+
 LINES = ["\n", "\r\n", "\r", "\v", "\f", "\x85", "\u2028", "\u2029"]
 
 any_text = st.text(st.characters(exclude_categories=()))  # control characters, lone surrogates
 pieces = [
     *LINES, *" \t\u3000\xa0\u202f\x1c\x1e\u200b\ufeff", "A", "b", "Mr", "5", "2021", "है", "집",
-    "好", "\u0301", *".…!?。！？।۔", *"\"'“”«»„「」()[]（）", "¿", "—", ",", ":", "\ud800",
+    "好", "\u0301", "z.B", "Nr", "me", *".…!?。！？।۔", *"\"'“”«»„「」()[]（）",
+    "¿", "—", ",", ":", "\ud800",
 ]  # fmt: skip
 soup = st.lists(st.sampled_from(pieces), max_size=40).map("".join)
 texts = any_text | soup
@@ -122,6 +181,91 @@ def test_split_into_sentences(text: str) -> None:
 @pytest.mark.parametrize("text", WHOLE)
 def test_not_split(text: str) -> None:
     assert split(text) == [Segment(text, "")]
+
+
+@pytest.mark.parametrize(("language", "text"), SINGLE)
+def test_a_sentence_of_its_language_stays_whole(language: str, text: str) -> None:
+    assert Splitter(language).split(text) == [Segment(text, "")]
+
+
+@pytest.mark.parametrize(("language", "first", "second"), TWO)
+def test_an_ordinary_word_ends_a_sentence(language: str, first: str, second: str) -> None:
+    assert Splitter(language).split(f"{first} {second}") == [
+        Segment(first, " "), Segment(second, ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "minded"),
+    [
+        ("de", "de"), ("DE", "de"), ("de-AT", "de"), ("de-LI", "de"), ("pt-BR", "pt"), ("cs", "sk"),
+        ("zz", "en"), ("zh-Hant-TW", "en"), (None, "en"), ("", "en"),
+    ],
+)
+def test_a_language_or_its_nearest_is_minded(code: str | None, minded: str) -> None:
+    assert Splitter(code).name == f"sentencex 0.6.1, {minded}"
+
+
+@pytest.mark.parametrize(
+    ("card", "language"),
+    [
+        ('{"recipe": {"export": {"source_language": "de"}}}', "de"),
+        ('{"recipe": {"export": {"source_language": null}}}', None),
+        ('{"recipe": {"export": {}}}', None), ('{"name": "old"}', None), ("{}", None), ("", None),
+    ],
+)
+def test_the_card_says_the_language(card: str, language: str | None) -> None:
+    assert source_language(card) == language
+
+
+def test_without_sentencex_what_it_need_not_be_asked_is_split(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentencex", None)
+    bare = Splitter("de")
+    assert (bare.name, bare.missing) == (
+        None,
+        "needs sentencex 0.6.1, found none: build the archive again, or install seq2serve[serving]",
+    )
+    assert bare.split("Am 5. Mai\nkam er. ") == [
+        Segment("Am 5. Mai", "\n"), Segment("kam er.", " "),
+    ]
+    with pytest.raises(MissingPackage, match="needs sentencex"):
+        bare.split("Er kam. Sie ging.")
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "1.0.32"])
+def test_another_version_is_as_good_as_none(version: str, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert f"found {version}" in Splitter().missing
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "whole"),
+    [
+        ("One two\nthree.\nFour.", "One two three. Four."),
+        ("One  \n  two\r\n\r\nThree\nfour\n", "One two\r\n\r\nThree four\n"),
+        ("a\n \nb\n\n\nc", "a\n \nb\n\n\nc"),
+        ("a well-\nknown man", "a well-known man"),
+        ("co\xad\noperate", "cooperate"),
+        ("5 -\n3", "5 - 3"),
+        ("今日は\n雨だ", "今日は雨だ"),
+        ("나는\n잔다", "나는 잔다"),
+        ("Buy:\n- eggs\n  and milk\n* tea\n1. salt\n(2) oil\nb) rice",
+         "Buy:\n- eggs and milk\n* tea\n1. salt\n(2) oil\nb) rice"),
+        ("> so he said\n> and went\n# Title\ntext", "> so he said\n> and went\n# Title text"),
+        ("", ""), ("\n", "\n"), ("\na", "\na"),
+    ],
+)
+def test_lines_of_a_paragraph_are_joined(wrapped: str, whole: str) -> None:
+    assert at_once(unwrapped(wrapped)) == whole
+    assert at_once(unwrapped(whole)) == whole
+
+
+@given(texts)
+def test_joining_lines_changes_nothing_but_space_and_hyphens(text: str) -> None:
+    def bare(text: str) -> str:
+        return "".join(c for c in text if not c.isspace() and c != "\xad")
+
+    assert bare(at_once(unwrapped(text))) == bare(text)
 
 
 def test_no_date_of_the_corpus_is_split(tmp_path) -> None:
@@ -199,10 +343,14 @@ def test_segments_are_the_text(text: str) -> None:
         assert s.text or (i == 0 and s.gap)
 
 
-@given(texts)
-def test_a_sentence_is_not_split_again(text: str) -> None:
-    for sentence in sentences(text):
-        assert split(sentence) == [Segment(sentence, "")]
+@given(texts, st.sampled_from(["en", "de", "it", "my", "ja"]))
+def test_a_sentence_is_not_split_again(text: str, language: str) -> None:
+    split = Splitter(language).split
+    segments = split(text)
+    assert "".join(s.text + s.gap for s in segments) == text
+    for one in segments:
+        if one.text:
+            assert split(one.text) == [Segment(one.text, "")]
 
 
 @given(texts)
@@ -242,4 +390,5 @@ def test_linear_time(pattern: str) -> None:
     segments = split(text)
     assert "".join(s.text + s.gap for s in segments) == text
     join(segments, [s.text for s in segments if s.text])
+    at_once(unwrapped(text))
     assert time.perf_counter() - began < 30  # quadratic time would be hours

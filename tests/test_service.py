@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import sys
 
 import pytest
 from echo_service import (
@@ -16,6 +17,7 @@ from echo_service import (
     ask,
     error,
     left_nothing,
+    refusal,
     service,
     texts,
 )
@@ -152,6 +154,72 @@ def test_a_refused_text_is_named_with_its_number_and_what_is_allowed():
         "send shorter sentences"
     )
     assert "text[1]: got a sentence of 8 characters, 9 tokens" in json.loads(longer.body)["message"]
+
+
+def test_what_is_too_long_is_translated_in_pieces_and_told():
+    given = ["ab, cdef\nab", "ab", "abc def"]
+    reply = answers(service(), [ask(1, given)])["1"]
+    assert texts(reply) == ["aa cc\naa", "aa", "aa dd"]
+    assert json.loads(reply.body)["usage"]["cut_texts"] == [0, 2]
+    assert "cut_texts" not in json.loads(answers(service(), [ask(1, "ab")])["1"].body)["usage"]
+
+
+def test_what_is_too_long_is_refused_without_split_and_where_it_cannot_be_cut():
+    for text, more, advice in (
+        ("abc def", {"split": False}, "; send shorter sentences, or with split true a text"),
+        ("a abcdefgabc", {}, "got a sentence of 10 characters, 11 tokens"),
+    ):
+        refused = refusal(service(), ask(1, text, **more))
+        assert (refused["code"], refused["type"]) == (413, "TextTooLong")
+        assert advice in refused["message"]
+
+
+def test_pieces_of_a_sentence_count_as_sentences():
+    given = ["abc def", "a"]
+    assert texts(answers(service(max_sentences=3), [ask(1, given)])["1"]) == ["aa dd", "aa"]
+    refused = refusal(service(max_sentences=2), ask(1, given))
+    assert refused["type"] == "TooManySentences"
+    assert "got 3 sentences; allowed: at most 2" in refused["message"]
+    assert refusal(service(max_waiting=2), ask(1, given))["type"] == "Overloaded"
+
+
+def test_pieces_of_a_sentence_stream_as_one_text():
+    one, asked, sent = service(), ask(1, "abc def", 3, stream=True), ""
+    for _ in range(20):
+        (reply,) = one.round([asked])
+        if reply is not None:
+            sent += reply.body
+            if reply.kind != "more":
+                break
+    told = [json.loads(line[6:]) for line in sent.splitlines() if line.startswith("data: ")]
+    assert "".join(each["text"] for each in told[:-1]) == "aaa ddd"
+    assert told[-1]["usage"]["cut_texts"] == [0]
+
+
+def test_lines_of_a_paragraph_are_one_where_they_are_to_be_joined():
+    given = "a\nbc\n\nd"
+    one = service()
+    assert texts(answers(one, [ask(1, given)])["1"]) == ["aa\nbb\n\ndd"]
+    assert texts(answers(one, [ask(2, given, join_lines=True)])["2"]) == ["aa\n\ndd"]
+    refused = refusal(one, ask(3, given, join_lines=True, split=False))
+    assert refused["message"] == "join_lines: got true with split false; allowed: with split true"
+
+
+def test_without_the_splitter_its_option_is_refused_and_all_else_is_served(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencex", None)
+    one = service()
+    refused = refusal(one, ask(1, ["a", "ab! Ba"]))
+    assert (refused["code"], refused["type"]) == (400, "InvalidOption")
+    assert refused["message"] == (
+        "split: got true for a text of several sentences, which needs sentencex 0.6.1, found none: "
+        "build the archive again, or install seq2serve[serving]; allowed on this server: false, or "
+        "one sentence a line"
+    )
+    served = [
+        ask(2, "a\nb"), ask(3, "abc def"), ask(4, "a\n\nb", join_lines=True),
+        ask(5, "b", beam_size=2), ask(6, "ab! Ba", split=False),
+    ]
+    assert all(reply.status == 200 for reply in answers(one, served).values())
 
 
 @pytest.mark.parametrize("broken", ["encode", "step"])

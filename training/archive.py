@@ -1,7 +1,8 @@
 """Verb `archive`: model.pt, tokenizers, handler and configuration in one .mar for TorchServe.
 
-The archive needs nothing beside it but a TorchServe 0.12 with torch and sentencepiece. The same
-inputs give the same bytes: entries are sorted, and carry no time of building.
+The archive needs nothing beside it but a TorchServe 0.12 with torch, sentencepiece and PyYAML: what
+else the handler uses is pure Python and travels in it. The same inputs give the same bytes: entries
+are sorted, and carry no time of building.
 """
 
 import filecmp
@@ -13,10 +14,12 @@ import sys
 import tempfile
 import zipfile
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from handler.extras import PINS, MissingPackage, package
 from handler.integrity import DIGESTS, sha256, write_digests
 from training.export import demand_own, exported, library
 from training.recipe import Recipe
@@ -35,8 +38,8 @@ def archive(recipe: Recipe, run: Run, store: Path) -> Path:
     """Build `store`/seq2seq.mar, and seq2seq.mar.sha256 beside it.
 
     Raises:
-        RunError: nothing exported yet, what was exported is spoilt or of another recipe or text, or
-            the archiver's own complaint.
+        RunError: nothing exported yet, what was exported is spoilt or of another recipe or text, a
+            package is missing, or the archiver's own complaint.
     """
     demand_own(exported(run, torch.device("cpu")), recipe, run)
     built = store / f"{NAME}.mar"
@@ -64,7 +67,27 @@ def contents(run: Run) -> dict[str, Path]:
     }
     models = [run.tokenizer / f"{side}.model" for side in ("source", "target")]
     natives = [library(run)] if library(run).exists() else []
+    for name in PINS:
+        files |= packaged(name)
     return files | {path.name: path for path in (HANDLER, CONFIG, run.model, *natives, *models)}
+
+
+def packaged(name: str) -> dict[str, Path]:
+    """A package's modules, and its description and licence, where it is installed.
+
+    Raises:
+        RunError: it is not, or in another version.
+    """
+    try:
+        package(name)
+    except MissingPackage as error:
+        raise RunError(f"archive: {error}") from None
+    return {
+        one.as_posix(): Path(str(one.locate()))
+        for one in metadata.files(name) or ()
+        if ".." not in one.parts
+        and (one.suffix == ".py" or "licenses" in one.parts or one.match("*.dist-info/METADATA"))
+    }
 
 
 def archived(recipe: Recipe, run: Run, built: Path) -> bool:

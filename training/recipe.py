@@ -215,17 +215,25 @@ class ExportOptions:
     weights: int8 makes model.pt a quarter as large and decoding on a CPU several times as fast, see
         model/quantized.py; docs/results.md says what it costs in quality.
     shortlist: choose each sentence's tokens among those that it may need; null: among all.
+    source_language: of the text, whose abbreviations end no sentence: `de`, `pt-BR`; null: unknown.
     """
 
     version: str = "1.0"
     weights: Literal["float32", "int8"] = "float32"
     shortlist: ShortlistOptions | None = None
+    source_language: str | None = None
     max_source_length: int = field(default=256, metadata=LENGTH)
     max_target_length: int = field(default=256, metadata=LENGTH)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", self.version):
             raise ValueError(f"version: got {self.version!r}; allowed: digits and dots, as in 1.0")
+        code = self.source_language
+        if code is not None and not re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})*", code):
+            raise ValueError(
+                f"source_language: got {code!r}; allowed: null, or a code of ISO 639 as in en, "
+                "pt-BR or zh-Hant"
+            )
         if self.shortlist is not None and self.weights != "int8":
             raise ValueError(
                 f"shortlist: got one with weights {self.weights!r}; allowed: null, as only the "
