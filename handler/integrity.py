@@ -30,14 +30,11 @@ def write_digests(folder: Path) -> None:
     (folder / DIGESTS).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
 
 
-def verify_digests(folder: Path, suffix: str = "") -> None:
-    """Check that the files below `folder` are those that digests.json records, unchanged.
-
-    Args:
-        suffix: of the files whose content is read; of the others their being there is looked at.
+def recorded(folder: Path) -> dict[str, str]:
+    """What digests.json of `folder` records: digests by name.
 
     Raises:
-        IntegrityError: a file that is missing, changed or not recorded, by name, or no record.
+        IntegrityError: it cannot be read.
     """
     try:
         digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
@@ -47,13 +44,19 @@ def verify_digests(folder: Path, suffix: str = "") -> None:
         raise IntegrityError(
             f"{DIGESTS} of the archive cannot be read ({error}): build the archive again"
         ) from None
-    for path in sorted(one for one in folder.rglob("*") if not one.is_dir()):
-        name = path.relative_to(folder).as_posix()
-        if name not in digests and name not in (DIGESTS, MANIFEST) and not own_bytecode(name):
-            raise IntegrityError(
-                f"{name} is in the archive, and {DIGESTS} does not list it: build the archive again"
-            )
-    for name, expected in digests.items():
+    return digests
+
+
+def verify_digests(folder: Path, suffix: str = "") -> None:
+    """Check every file that digests.json records.
+
+    Args:
+        suffix: of the files whose content is read; of the others it is looked whether they exist.
+
+    Raises:
+        IntegrityError: a file that is missing or changed, by name, or no record at all.
+    """
+    for name, expected in recorded(folder).items():
         path = folder / name
         if not path.is_file():
             raise IntegrityError(f"{name} is missing from the archive: build the archive again")
@@ -64,6 +67,18 @@ def verify_digests(folder: Path, suffix: str = "") -> None:
             )
 
 
-def own_bytecode(name: str) -> bool:
-    """What Python writes of the module that TorchServe loads, before that can say not to."""
-    return name.startswith("__pycache__/seq2serve.") and name.endswith(".pyc")
+def refuse_unlisted(folder: Path) -> None:
+    """Refuse what digests.json does not record: Python would import it like the rest.
+
+    Raises:
+        IntegrityError: a file by its name, or no record at all.
+    """
+    known = {*recorded(folder), DIGESTS, MANIFEST}
+    for path in sorted(one for one in folder.rglob("*") if not one.is_dir()):
+        name = path.relative_to(folder).as_posix()
+        # What Python writes of the module that TorchServe loads, before that can say not to.
+        own = name.startswith("__pycache__/seq2serve.") and name.endswith(".pyc")
+        if name not in known and not own:
+            raise IntegrityError(
+                f"{name} is in the archive, and {DIGESTS} does not list it: build the archive again"
+            )

@@ -105,9 +105,12 @@ def parse(content_type: str | None, body: object, most_texts: int) -> Translatio
         request = TranslationRequest(texts, RequestOptions(), PlainText())
         check_texts(texts, blank=True)
     else:
+        # What `curl -d` says where it is told nothing else.
+        curl = kind == "application/x-www-form-urlencoded"
+        hint = f"; tell curl: -H 'Content-Type: {JSON}'" if curl else ""
         raise Refusal(
             400, "InvalidContentType",
-            f"Content-Type: got {shown(content_type)}; allowed: {JSON} or {TEXT}",
+            f"Content-Type: got {shown(content_type)}; allowed: {JSON} or {TEXT}{hint}",
         )
     if len(request.texts) > most_texts:
         raise Refusal(

@@ -28,6 +28,7 @@ from handler.decoding import Engine, native
 from handler.decoding.cuda_runner import CudaOptions, rows_for
 from handler.decoding.failures import DeviceLost
 from handler.decoding.model import load, weight_type
+from handler.decoding.scheduler import ENCODED_AHEAD
 from handler.departures import HEADER, Departures
 from handler.doors import Native
 from handler.fields import read
@@ -109,6 +110,7 @@ class Seq2SeqHandler:
                 "batch_invariant": engine.invariant, "splitter": splitter.name,
             },
         )
+        warn_of_few_requests(int(ctx.system_properties.get("batch_size") or 0), rows)
         times.append(time.perf_counter())
         self.service.warm_up()
         times.append(time.perf_counter())
@@ -217,6 +219,18 @@ def unauthorized(body: object) -> Refusal:
     """In the shape of errors that the body, where TorchServe has parsed it, shows at a glance."""
     message = "Authorization: no valid token; allowed: one header 'Bearer TOKEN'"
     return Refusal(HTTPStatus.UNAUTHORIZED, "Unauthorized", message).at(door_of(body)())
+
+
+def warn_of_few_requests(batch: int, rows: int) -> None:
+    """Warn where TorchServe sends fewer requests at once than fill the rows, as after a change from
+    a CPU's 64 rows to a GPU's. It reads `batchSize` before the handler can know the rows."""
+    if batch < rows:
+        logger.warning(
+            "TorchServe sends %d requests at once, which do not fill %d rows if each has one "
+            "sentence: set batchSize in the archive's model-config.yaml to %d, and see "
+            "docs/operations.md, Requests at once",
+            batch, rows, rows + ENCODED_AHEAD,
+        )
 
 
 def show_devices() -> None:

@@ -65,8 +65,9 @@ refuse_shadowed()
 # Bytecode beside the code would be files that no digest lists.
 sys.dont_write_bytecode = True
 
-from handler.integrity import verify_digests  # noqa: E402
+from handler.integrity import refuse_unlisted, verify_digests  # noqa: E402
 
+refuse_unlisted(Path(FOLDER))
 verify_digests(Path(FOLDER), ".py")
 
 from handler.seq2seq_handler import Seq2SeqHandler  # noqa: E402

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import locale
 import os
+import site
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -50,9 +52,10 @@ def inherited_environment(
 
 
 def outside(environment: Mapping[str, str]) -> list[str]:
-    """Return the folders of PYTHONPATH."""
+    """Return the folders of PYTHONPATH but those where Python looks without it."""
     given = environment.get("PYTHONPATH", "").split(os.pathsep)
-    return [os.path.abspath(one) for one in given if one]
+    own = set(map(os.path.abspath, (*site.getsitepackages(), *sysconfig.get_paths().values())))
+    return [path for one in given if one and (path := os.path.abspath(one)) not in own]
 
 
 def inside(path: Iterable[str], others: Iterable[str]) -> list[str]:

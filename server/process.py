@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ STOP_SECONDS = 15.0
 _POLL_SECONDS = 0.01
 # sun_path holds 104 bytes on macOS (108 on Linux), its end mark included.
 _SOCKET_PATH_BYTES = 103
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_BOUND = Path(__file__).with_name("bound.py").resolve()
 
 
 def ending_signals() -> tuple[signal.Signals, ...]:
@@ -35,21 +33,13 @@ def ending_signals() -> tuple[signal.Signals, ...]:
     return asked if kept else (*asked, signal.SIGHUP)
 
 
-def bound_to_us() -> Callable[[], None] | None:
-    """What a child has to run before its program (`preexec_fn` of Popen), so that the kernel kills
-    it when this process dies, of whatever. None where there is no such thing (macOS), and beside
-    the main thread: the kernel looks at the thread that started the child."""
+def bound(command: list[str]) -> list[str]:
+    """Return `command` such that the kernel kills its process when this one dies, of whatever; see
+    bound.py. As it is where there is no such thing (macOS), and beside the main thread."""
     ours = threading.current_thread() is threading.main_thread()
     if not sys.platform.startswith("linux") or not ours:
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def bind() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # which died before
-            os._exit(1)
-
-    return bind
+        return command
+    return [sys.executable, "-I", "-S", str(_BOUND), str(os.getpid()), *command]
 
 
 def private_directory(parent: Path | None, worker_port: int) -> Path:

@@ -51,7 +51,7 @@ from server.ports import choose_ports
 from server.process import (
     GONE_SECONDS,
     STOP_SECONDS,
-    bound_to_us,
+    bound,
     end_group,
     private_directory,
 )
@@ -220,7 +220,7 @@ class TorchServe:
             *("-m", *options.models),
         ]
         self._process = subprocess.Popen(
-            command,
+            bound(command),
             # Java writes log directories where it stands.
             cwd=self._directory,
             env=self._environment(environment),
@@ -231,7 +231,6 @@ class TorchServe:
             errors="replace",
             # Ctrl-C in a terminal reaches us alone, and one signal reaches every worker.
             start_new_session=True,
-            preexec_fn=bound_to_us(),
         )
         assert isinstance(self._process.stdout, io.TextIOWrapper)
         self._log = ServerLog(self._process.stdout, show=options.verbose)

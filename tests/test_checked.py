@@ -228,6 +228,11 @@ def test_a_package_in_pythonpath_alone_is_named(tmp_path, monkeypatch):
     one_line(e)
 
 
+def test_the_environments_own_folder_in_pythonpath_changes_nothing():
+    folder = str(Path(pytest.__file__).parent.parent)
+    assert inherited_environment({"PYTHONPATH": folder, "A": "b"}, None) == {"A": "b"}
+
+
 def test_a_system_without_a_locale_of_utf8_is_told_by_path(monkeypatch):
     monkeypatch.setattr(environment, "_LOCALES", ("xx_XX.UTF-8",))
     assert utf8_locale({"LC_ALL": "C"}) is None

@@ -560,6 +560,17 @@ def test_no_client_can_fill_the_log(unpacked, caplog):
     assert caplog.messages == ["Failed json decoding", "Failed utf-8 decoding", "something else"]
 
 
+@pytest.mark.parametrize(("batch", "rows", "warned"), [(80, 64, 0), (64, 64, 0), (80, 1024, 1)])
+def test_rows_that_torchserve_cannot_fill_are_told_with_what_to_set(caplog, batch, rows, warned):
+    seq2seq_handler.warn_of_few_requests(batch, rows)
+    assert len(caplog.records) == warned
+    for record in caplog.records:
+        assert record.getMessage().startswith(
+            "TorchServe sends 80 requests at once, which do not fill 1024 rows"
+        )
+        assert "model-config.yaml to 1040" in record.getMessage()
+
+
 def test_each_line_tells_its_level_but_what_the_frontend_reads():
     def formatted(message, **more):
         record = logging.makeLogRecord({"msg": message, "levelname": "WARNING", **more})

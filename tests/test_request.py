@@ -247,7 +247,10 @@ def test_other_content_types_are_refused(content_type, body):
     one = refusal(content_type, body)
     assert (one.status, one.kind) == (400, "InvalidContentType")
     assert str(one).startswith(f"Content-Type: got {shown(content_type)}; allowed: ")
-    assert str(one).endswith("application/json or text/plain")
+    told, _, hint = str(one).partition("; tell ")
+    assert told.partition("; ")[2] == "allowed: application/json or text/plain"
+    forgotten = "x-www-form-urlencoded" in content_type
+    assert hint == ("curl: -H 'Content-Type: application/json'" if forgotten else "")
 
 
 # Anything
