@@ -48,6 +48,7 @@ PEERS = {
     "fairseq": ("fairseq", "fairseq_lstm"),
 }
 OURS, INT8 = "ours", "ours int8"
+FORMATS = {"float32": "ours", "int8": "ours_int8"}  # our modules of `bench.peers`
 # Runs a module of this bench with the packages of another checkout.
 BESIDE = """
 import sys, runpy
@@ -75,6 +76,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 16 64; of text, 16 64")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS],
+                        help="with --beside")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is told")
     parser.add_argument("--sentences", type=int, default=512, help="of text: at most this many")
     parser.add_argument("--sentences-at-1", type=int, help="at batch 1, where all take long")
@@ -98,7 +101,8 @@ def main() -> None:
         return
     if arguments.beside is not None:
         print(f"{described()}; `{command}`; target tokens a second of CPU time\n")
-        beside(arguments.beside.absolute(), list(jobs(arguments)), arguments.rounds)
+        folder, work = arguments.beside.absolute(), list(jobs(arguments))
+        beside(folder, work, arguments.rounds, arguments.formats)
         return
     print(
         f"{described()}; `{command}`; target tokens a second, {arguments.sentences} sentences "
@@ -182,7 +186,7 @@ class Runner:
         return answer
 
 
-def beside(folder: Path, work: list[Job], rounds: int) -> None:
+def beside(folder: Path, work: list[Job], rounds: int, formats: list[str]) -> None:
     """Print our speed, that of another checkout, and the ratio, for each job and number format."""
     names = f"here ({revision(ROOT)})", f"beside ({revision(folder)})"
     print(f"| size | threads | | batch | format | {names[0]} | {names[1]} | here / beside |")
@@ -191,7 +195,8 @@ def beside(folder: Path, work: list[Job], rounds: int) -> None:
     with ExitStack() as stack:
         systems = [
             (form, [stack.enter_context(Runner(form, python, module, at)) for at in (ROOT, folder)])
-            for form, module in (("float32", "ours"), ("int8", "ours_int8"))
+            for form, module in FORMATS.items()
+            if form in formats
         ]
         for job in work:
             for form, both in systems:
