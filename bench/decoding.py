@@ -48,7 +48,6 @@ PEERS = {
     "fairseq": ("fairseq", "fairseq_lstm"),
 }
 OURS, INT8 = "ours", "ours int8"
-FORMATS = {"float32": "ours", "int8": "ours_int8"}  # our modules of `bench.peers`
 # Runs a module of this bench with the packages of another checkout.
 BESIDE = """
 import sys, runpy
@@ -64,6 +63,9 @@ TOKENS = 25  # of each target
 VOCABULARY = 8000
 
 
+FORMATS = {"float32": "ours", "int8": "ours_int8"}  # our modules of `bench.peers`
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.decoding",
@@ -76,11 +78,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 16 64; of text, 16 64")
     parser.add_argument("--beams", type=int, nargs="+", default=[1, 5])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS],
-                        help="with --beside")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is told")
     parser.add_argument("--sentences", type=int, default=512, help="of text: at most this many")
     parser.add_argument("--sentences-at-1", type=int, help="at batch 1, where all take long")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS], help="beside")
     parser.add_argument("--profile", action="store_true", help="of ours alone, by operators")
     parser.add_argument("--model", type=Path, help="a trained model.pt, instead of random weights")
     parser.add_argument("--source-tokenizer", type=Path)
