@@ -63,9 +63,6 @@ TOKENS = 25  # of each target
 VOCABULARY = 8000
 
 
-FORMATS = {"float32": "ours", "int8": "ours_int8"}  # our modules of `bench.peers`
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.decoding",
@@ -185,6 +182,9 @@ class Runner:
             return {"error": "its process has ended"}
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+FORMATS = {"float32": "ours", "int8": "ours_int8"}  # our modules of `bench.peers`
 
 
 def beside(folder: Path, work: list[Job], rounds: int, formats: list[str]) -> None:
