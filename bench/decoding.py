@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=512, help="of text: at most this many")
     parser.add_argument("--sentences-at-1", type=int, help="at batch 1, where all take long")
     parser.add_argument("--cpu-time", action="store_true", help="a second of it; always --beside")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS], help="beside")
     parser.add_argument("--profile", action="store_true", help="of ours alone, by operators")
     parser.add_argument("--model", type=Path, help="a trained model.pt, instead of random weights")
     parser.add_argument("--source-tokenizer", type=Path)
@@ -110,7 +111,8 @@ def main() -> None:
         return
     if arguments.beside is not None:
         print(f"{described()}; `{command}`; target tokens a second of CPU time\n")
-        beside(arguments.beside.absolute(), list(jobs(arguments)), arguments.rounds)
+        folder, work = arguments.beside.absolute(), list(jobs(arguments))
+        beside(folder, work, arguments.rounds, arguments.formats)
         return
     second = "second of CPU time" if arguments.cpu_time else "second"
     print(
@@ -196,7 +198,10 @@ class Runner:
         return answer
 
 
-def beside(folder: Path, work: list[Job], rounds: int) -> None:
+FORMATS = {"float32": ["ours"], "int8": ["ours_int8"]}  # our modules of `bench.peers`
+
+
+def beside(folder: Path, work: list[Job], rounds: int, formats: list[str]) -> None:
     """Print our speed, that of another checkout, and the ratio, for each job and number format."""
     names = f"here ({revision(ROOT)})", f"beside ({revision(folder)})"
     print(f"| size | threads | | batch | format | {names[0]} | {names[1]} | here / beside |")
@@ -205,7 +210,8 @@ def beside(folder: Path, work: list[Job], rounds: int) -> None:
     with ExitStack() as stack:
         systems = [
             (form, [stack.enter_context(Runner(form, python, words, at)) for at in (ROOT, folder)])
-            for form, words in (("float32", ["ours"]), ("int8", ["ours_int8"]))
+            for form, words in FORMATS.items()
+            if form in formats
         ]
         for job in work:
             for form, both in systems:

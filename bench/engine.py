@@ -8,6 +8,8 @@ is the engine's: choosing, bookkeeping, moving rows, letting sentences in and ou
 time is taken by a clock around its methods, and left out of what is told of the engine. All times
 are CPU times, which depend little on what share of the machine other processes take.
 
+The native operators are compiled for it and loaded, as an archive of int8 weights has them.
+
 The engine is kept full: sentences that end are followed by others, and each has a length of its
 own, which alone ends it, so that at any time some end and some begin.
 
@@ -36,7 +38,9 @@ import torch
 from torch import Tensor
 
 import handler
-from handler.decoding import DecodingOptions, Engine, Event
+from handler.decoding import DecodingOptions, Engine, Event, native
+from model.native import build
+from model.native.build import digest
 
 EOS, VOCABULARY = 3, 64
 SHORTEST, LONGEST = 15, 35  # targets, in tokens
@@ -101,6 +105,9 @@ def answer_all(folder: Path) -> None:
     if place != folder.resolve():
         sys.exit(f"{folder}: its process has imported handler from {place}")
     torch.set_num_threads(1)
+    # The searches in C++ of a checkout that has any; of each in a place of its own.
+    libraries = Path(__file__).resolve().parents[1] / "build" / f"native-{digest()[:12]}"
+    native.enable(build(libraries, native.library()).parent)
     for line in sys.stdin:
         print(json.dumps(dataclasses.asdict(measured(Case(**json.loads(line))))), flush=True)
 

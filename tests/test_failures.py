@@ -27,6 +27,7 @@ from test_laws import (
     tasks_of,
 )
 from test_model import VOCABULARY, build
+from test_native_lane import Asking, Leaping
 from test_static_lane import static
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -126,8 +127,8 @@ def native(*shortlist: Shortlist) -> Callable[[Path | None], Any]:
 MADE = [
     Made("table", lambda _: HashModel(), True),
     Made("float32", lambda _: packed(build("attention").float(), CPU), False),
-    Made("int8", native(), True),
-    Made("int8 with a shortlist", native(listed()), True),
+    Made("int8", native(), True, Leaping),
+    Made("int8 with a shortlist, step by step", native(listed()), True, Asking),
     Made("static", lambda _: build("attention").float(), False, static, True),
 ]
 
@@ -541,6 +542,7 @@ def test_each_operation_that_raises_is_told_once(case, capsys):
     operations = [one for each in undisturbed.values() for one in each.operations]
     sites = {one.site for one in operations}
     assert {name for name, _ in sites} >= TENSORS_IN
+    assert ("native_lane.py" in {name for name, _ in sites}) == case.name.startswith("int8")
     failed = set()
     some = chosen(operations, draw, every_path=case.name == "table")
     for number, one in enumerate(some):

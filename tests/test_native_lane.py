@@ -5,7 +5,10 @@ step."""
 import functools
 import math
 import random
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from test_model import VOCABULARY, build
 from handler.decoding import DecodingOptions, Engine
 from handler.decoding.model import packed
 from handler.decoding.native_lane import NativeLane, Network
+from model.native.build import COMMON, SOURCES
 from model.quantized import quantized
 from model.shortlist import Shortlist
 
@@ -91,8 +95,8 @@ def test_sentences_that_are_not_finite_end():
 def test_tables_that_do_not_fit_are_refused():
     game = Game(3, 2, 9, seed=5)
     values, tokens, normaliser = (t.view(2, 3, -1) for t in game.offered(9))
+    board = [*game.board[:5], game.board[5].double(), *game.board[6:]]
     with pytest.raises(RuntimeError, match="got a table of"):
-        board = [*game.board[:5], game.board[5].double(), *game.board[6:]]
         ops.search(values, tokens, normaliser, EOS, board, 2)
     with pytest.raises(RuntimeError, match="3 sentences"):
         ops.search(values, tokens, normaliser, EOS, game.board, 3)
@@ -102,6 +106,19 @@ def test_tables_that_do_not_fit_are_refused():
         ops.move(game.board, [0], [5], 1)
     with pytest.raises(RuntimeError, match="parent 3"):
         ops.reorder([torch.zeros(6, 2)], torch.full((2, 3), 3))
+
+
+def test_searches_stay_within_their_tables(tmp_path):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer, without torch."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ on this machine")
+    program = tmp_path / "check"
+    sanitized = [*COMMON, "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [str(Path(__file__).with_name("search_check.cpp")), str(SOURCES / "search.cpp")]
+    subprocess.run([compiler, *sanitized, *sources, "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # Whole steps
@@ -154,9 +171,7 @@ def few():
 MODELS = {
     "sutskever": lambda: quantized(build("sutskever").float()),
     "attention": lambda: quantized(build("attention").float()),
-    "residual": lambda: quantized(
-        build("attention", residual=True, attention_heads=2, decoder_layers=3).float()
-    ),
+    "residual": lambda: quantized(build("dot attention of 4 heads").float()),
     "listed": lambda: quantized(build("attention").float(), few()),
 }
 
@@ -168,7 +183,7 @@ def model(request, native_search):
     return made
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 9999), rows=st.integers(5, 12))
 def test_sentences_come_out_as_by_torch(model, seed, rows):
     """To the bit, whatever arrives, is cancelled or runs out of time when; also where the model is
@@ -260,8 +275,8 @@ def test_a_lane_alone_makes_its_steps_in_one_call(model, monkeypatch):
 
 def test_a_model_without_parts_is_asked_for_each_step():
     """As one is that was exported before there were any, or has layers that are not all native."""
-    norm = packed(quantized(build("attention", layer_norm=True).float()), CPU)
-    additive = packed(quantized(build("additive").float()), CPU)
+    norm = packed(quantized(build("attention with every option").float()), CPU)
+    additive = packed(quantized(build("additive attention of 2 heads").float()), CPU)
     for model in (norm, additive, object()):
         assert Network.of(model) is None
     task = tasks_of(random.Random(3), 1, False)[0]._replace(patience=None, prefix=[])
@@ -274,9 +289,9 @@ def test_a_model_without_parts_is_asked_for_each_step():
 @pytest.mark.parametrize(("change", "told"), [
     (lambda parts, numbers: (parts[:-1], numbers), "too few parts"),
     (lambda parts, numbers: ([*parts, parts[0]], numbers), "more parts than a network has"),
-    (lambda parts, numbers: (parts, [3, *numbers[1:]]), "state of 4 tables for 3 layers"),
+    (lambda parts, numbers: (parts, [3, *numbers[1:]]), "state of 2 tables for 3 layers"),
     (lambda parts, numbers: (parts, numbers[:-1]), "too few numbers"),
-    (lambda parts, numbers: ([*parts[:-4], *parts[1:5]], numbers), "generator: got packed"),
+    (lambda parts, numbers: (parts, [*numbers[:-2], 1000, 0]), "vocabulary of 1000"),
 ])  # fmt: skip
 def test_parts_that_do_not_fit_are_refused(change, told):
     model = packed(MODELS["attention"](), CPU)
