@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # comes with torchserve
 
 from server.options import ServerOptions
 from server.torchserve import TorchServe

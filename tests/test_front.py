@@ -13,11 +13,13 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import fields
 
 import pytest
 from conftest import GUARD_SECONDS
 from front_backend import LARGE, Backend, fronted
 
+from handler.decoding.options import DecodingOptions
 from server.errors import ServerError
 from server.front import Front, FrontOptions, find_haproxy, listening
 from server.memory import FrontLimits
@@ -554,6 +556,11 @@ def test_its_configuration_belongs_to_the_other_settings():
     text = FRONT_CONFIG.read_text()
     (most,) = re.findall(r"^max_request_size=(\d+)$", CONFIG.read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:content-length\) gt|body_size gt) (\d{6})", text)) == {most}
+    timeouts = re.findall(r"^ +timeout (\S+) (\d+)s$", text, re.MULTILINE)
+    seconds = {name: int(given) for name, given in timeouts}
+    assert seconds["http-keep-alive"] > 600  # of Google's load balancers
+    asked = next(one for one in fields(DecodingOptions) if one.name == "max_time")
+    assert seconds["server"] > asked.metadata["maximum"]
     buffer = int(re.search(r"tune\.bufsize (\d+)", text)[1])
     assert buffer == 288 * 1024
     assert buffer > int(most) + 7168 + 1024

@@ -158,6 +158,23 @@ def test_a_changed_configuration_rolls_the_pods(tmp_path: Path) -> None:
     assert names[0] != names[1]
 
 
+@pytest.mark.parametrize(
+    ("combination", "column"), [("overlays/production-gke", 0), ("overlays/production-gke-spot", 1)]
+)
+def test_the_timeline_of_an_end_is_that_of_the_manifests(combination: str, column: int) -> None:
+    """The rows of k8s/README.md: SIGTERM, SETTLE over, DRAIN over, STOP over, all buried."""
+    menu = (K8S / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (?:at most )?(\d+) \| (\d+) \|", menu, re.MULTILINE)
+    (one,) = (one for one in workloads(documents(combination)) if one.server is not None)
+    assert one.server is not None
+    given = environment(one.server)
+    times = [0.0]
+    for part in ("SETTLE", "DRAIN", "STOP"):
+        times.append(times[-1] + float(given[f"SEQ2SERVE_{part}_SECONDS"]))
+    grace = float(one.pod["terminationGracePeriodSeconds"])
+    assert [float(row[column]) for row in rows] == [*times, grace]
+
+
 def test_every_component_is_part_of_a_combination_and_of_the_menu() -> None:
     named = {
         Path(one).name
