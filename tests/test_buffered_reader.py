@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handler import buffered_reader
-from handler.buffered_reader import Reader, install, reader
+from handler.buffered_reader import DECODED, Reader, install, reader
 from server.torchserve import torchserve_home
 
 with warnings.catch_warnings():
@@ -224,6 +224,13 @@ def test_a_request_that_comes_again_is_not_decoded_again(ours):
     (first,), (_, second), (third,) = (ours.retrieve_msg(connection)[1] for _ in range(3))
     assert first is second is third
     assert list(reader(connection).known) == [b"1"]  # the other one is forgotten
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_json_that_is_long_stays_bytes_for_the_handler_to_parse(ours, more):
+    body = b'"' + b"a" * (DECODED - 2 + more) + b'"'
+    ((one,),) = (ours.retrieve_msg(Pieces(message(asking(body=body))))[1],)
+    assert one["parameters"][0]["value"] == (body if more else json.loads(body))
 
 
 def test_other_bytes_under_the_same_id_are_another_request(ours):
