@@ -167,7 +167,7 @@ LOADTEST ?=
 TOKEN ?=
 export TOKEN
 loadtest: | $(READY)  ## URL=... USERS=20 TIME=1m TEXT=file TOKEN=...: load a server with Locust
-	@$(BIN)/locust -f bench/locustfile.py --headless --only-summary -H $(URL) -u $(USERS) -r $(USERS) -t $(TIME) $(LOADTEST)
+	@$(BIN)/locust -f bench/locustfile.py --headless --only-summary -H $(call quoted,URL) -u $(USERS) -r $(USERS) -t $(TIME) $(LOADTEST)
 
 autoscale: | $(READY)  ## simulate the autoscaler: a table, and pictures in build/autoscale (minutes)
 	$(BIN)/python -m bench.autoscale --out build/autoscale
@@ -176,4 +176,4 @@ paper: | $(READY)  ## DATA=/path/to/multi30k: what the paper compared, trained a
 	$(BIN)/python -m bench.paper --data $(call quoted,DATA)
 
 clean:  ## remove what was built and trained; the environment stays
-	rm -rf runs $(STORE) build
+	rm -rf runs $(call quoted,STORE) build

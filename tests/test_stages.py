@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import ROOT, Tiny, command, environment, verb
+from tiny_run import ROOT, StraightRuns, Tiny, command, environment, verb
 
 from training import checkpoint
+from training.__main__ import main
 from training.archive import archived
+from training.ensemble import ensemble
 from training.recipe import load
-from training.run import RunError, only_writer
+from training.run import Run, RunError, only_writer
 from training.stages import STAGES, StageOptions, build
 
 MODEL = "embedding_size: 16"
@@ -235,6 +237,38 @@ def test_the_store_has_the_archive_that_was_asked_for_last(
         told = capsys.readouterr().out.splitlines()[-1]
         assert told == f"{store}/seq2seq.mar: is {load(tiny.file).name} 1.0, {tiny.run.root}"
         assert archived(load(tiny.file), tiny.run, store / "seq2seq.mar")
+
+
+def test_an_ensemble_is_built_like_a_run(
+    straight: StraightRuns, own: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [straight[kind].run for kind in ("attention", "everything")]
+    both = Tiny(own.file, Run(tmp_path / "both"))
+    ensemble(load(both.file), both.run, members)
+    assert tuple(rebuilt(both, capsys)) == STAGES[2:]
+    assert rebuilt(both, capsys) == {}
+    lengthen(both)
+    with pytest.raises(RunError, match=r"ensemble of runs that were trained otherwise: .*src"):
+        rebuilt(both, capsys, fresh=True)
+
+
+def test_only_train_may_be_several_processes(
+    own: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="processes: got 2; allowed: 1; torchrun starts the verb"):
+        rebuilt(own, capsys)
+
+
+@pytest.mark.parametrize("name", ['"beta"', "modèle", "a.b-c_1"])
+def test_the_folder_of_a_run_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = tmp_path / "with space.yaml"
+    file.write_text(f"name : {name}\ndata: {{generator: dates}}\nmodel: {{}}\n", "utf-8-sig")
+    monkeypatch.setattr(sys, "argv", ["x", "folder", str(file)])
+    assert main() == 0
+    assert capsys.readouterr().out == f"runs/{name.strip(chr(34))}\n"
 
 
 # One lock

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from training import checkpoint
 from training.archive import NAME, archive, archived, deliver
+from training.distributed import process_count
 from training.evaluate import best_model, evaluate, scored_otherwise
 from training.export import export, outdated
 from training.prepare import prepare
@@ -45,10 +46,12 @@ def build(recipe: Recipe, run: Run, until: str, options: StageOptions = StageOpt
     archive, and `options.store` gets a copy, which is the one that is served.
 
     Raises:
-        RunError: weights of another recipe or text; another process that writes in the folder; and
-            what the stages raise.
+        RunError: weights of another recipe or text; another process that writes in the folder; more
+            than one process of its own; and what the stages raise.
         Interrupted: by a signal while it trains, after saving; the same call goes on.
     """
+    if (count := process_count()) > 1:  # one that does not train would have to wait for the others
+        raise RunError(f"processes: got {count}; allowed: 1; torchrun starts the verb train alone")
     own = replace(options, store=run.root / "archive")
     for stage in STAGES[: STAGES.index(until) + 1]:
         with writing(stage, run):
