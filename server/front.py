@@ -28,7 +28,7 @@ from pathlib import Path
 
 from server.errors import ServerError
 from server.memory import FrontLimits
-from server.process import bound_to_us, end_group
+from server.process import bound, end_group
 
 # The command of the runtime API that haproxy.cfg's `proc.closing` waits for.
 _CLOSE = "experimental-mode on; set var proc.closing bool(true)"
@@ -187,7 +187,6 @@ class Front:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=bound_to_us(),
         )
         threading.Thread(
             target=self._follow, args=(self._process,), name="front-log", daemon=True
