@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from table_model import TableMemory
 
 from handler import admission, costs
-from handler.admission import pieces_of
-from handler.request import JSON
-from handler.sentences import line_breaks, split
+from handler.request import JSON, RequestOptions
+from handler.sentences import Splitter, line_breaks
 from handler.service import Incoming, Service
 
 ROWS, BEAM = 32, 8
@@ -213,7 +212,7 @@ def test_a_stream_has_its_events_while_its_own_long_answer_is_written(shape):
     assert left_nothing(one)
 
 
-# Splitting and tokenizing in windows
+# Splitting and tokenizing
 
 soup = st.lists(
     st.sampled_from([
@@ -223,16 +222,13 @@ soup = st.lists(
 ).map("".join)  # fmt: skip
 
 
-@given(soup, st.integers(8, 30))
-def test_a_text_is_split_the_same_in_windows(text, width):
-    given_back, admission.WINDOW = admission.WINDOW, width
-    try:
-        found = [one for one in pieces_of(text) if one is not None]
-    finally:
-        admission.WINDOW = given_back
-    expected = split(text)
-    assert [one.text for one in found] == [one.text for one in expected]
-    assert [one.gap for one in found] == [line_breaks(s.gap) or s.gap for s in expected]
+@given(soup)
+def test_of_white_space_no_more_is_held_than_a_translation_keeps(text):
+    found = spendthrift().admission.segments(text, RequestOptions(split=True))
+    expected = Splitter().split(text)
+    assert [(one.text, one.gap) for one in found if one is not None] == [
+        (one.text, line_breaks(one.gap) or one.gap) for one in expected
+    ]
 
 
 def test_a_million_line_breaks_are_one_white_space():
