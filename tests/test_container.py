@@ -6,7 +6,13 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import ROOT
 
+from handler import costs
+from handler.buffered_reader import DECODED
+from handler.service_options import ServiceOptions
+from server import memory
 from server.devices import VISIBLE, WORKER_VISIBLE, device_environment
 from server.errors import ServerError
 from server.memory import HEAP, MIB, FrontLimits, Shares, memory_limit, shares
@@ -68,6 +74,20 @@ def test_java_gets_what_the_others_leave(tmp_path):
         assert shares((n + 300) * MIB, archive + 100 * MIB) == found
     with pytest.raises(ServerError, match=rf"{least - 1} MiB: allowed is {least} MiB"):
         shares((least - 1) * MIB, archive)
+
+
+def test_what_requests_take_is_reckoned_with():
+    """By the archive's own configuration, and the server's."""
+    config = yaml.safe_load((ROOT / "handler/model-config.yaml").read_text())
+    handler, lines = config["handler"], (ROOT / "config.properties").read_text().splitlines()
+    assert f"max_request_size={costs.BODY}" in lines
+    most = costs.largest(
+        handler["request_memory"], handler["max_response_bytes"], config["batchSize"], DECODED
+    )
+    assert most <= memory._REQUESTS * MIB < most + MIB
+    options = ServiceOptions()
+    assert options.request_memory == handler["request_memory"]
+    assert options.request_memory / 4 > 2 * options.max_response_bytes
 
 
 def fits(limit: int, archive: int) -> bool:
