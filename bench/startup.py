@@ -73,7 +73,8 @@ def start(variant: str, store: Path) -> list[float]:
         loaded = _LOADED.search(said)
         if loaded is None or process.poll() is not None:
             raise RuntimeError(f"{variant}: the server did not come up: {said}")
-        (java,) = psutil.Process(process.pid).children()
+        children = psutil.Process(process.pid).children()
+        java = next(one for one in children if "org.pytorch.serve.ModelServer" in one.cmdline())
         worker = next(one for one in java.children() if "--sock-name" in one.cmdline())
         handler = [float(one) for one in loaded.groups()]
         # Times since the boot have another zero than the clock.

@@ -4,6 +4,7 @@ The run is made once for the whole session, by the verbs a user would type; and 
 serves its archive to every test that asks for `server`.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil  # comes with torchserve
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -261,6 +263,17 @@ def call(
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
     return raw(server, body, headers, "GET" if body is None else "POST", path)
+
+
+def child_of(pid: int, words: str) -> psutil.Process | None:
+    """The first child whose command has these words: of a server, Java or HAProxy."""
+    with contextlib.suppress(psutil.Error):
+        children = psutil.Process(pid).children()
+        return next((one for one in children if words in " ".join(one.cmdline())), None)
+    return None
+
+
+JAVA, HAPROXY = "org.pytorch.serve.ModelServer", "haproxy -db"
 
 
 def versions(server: TorchServe) -> list[dict[str, Any]]:

@@ -424,7 +424,7 @@ def test_prometheus_reads_what_the_clients_were_told(server):
     for _ in range(3):
         assert call(server, body={"text": "12", "beam_size": 0}).status == 400
     assert call(server, body={"text": "1" * 999}).status == 413
-    assert call(server, "/explanations/seq2seq", {"text": "12"}).status == 404
+    assert call(server, f"{PREDICT}/1.0/elsewhere", {"text": "12"}).status == 404
     done = "requests_total", (("outcome", "ok"),)
     refused = "refusals_total", (("reason", "NotFound"),)
     after = scraped(

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil  # comes with torchserve
 import pytest
+from conftest import JAVA, child_of
 
 from server.__main__ import main
 from server.archive import check_archive
@@ -502,7 +503,8 @@ def test_serve_stops_on_signals(
 ) -> None:
     with serve(store) as process:
         read_until(process, stage)
-        (java,) = psutil.Process(process.pid).children()
+        java = child_of(process.pid, JAVA)
+        assert java is not None
         assert process.stderr is not None
         # What is on its way at the end may not be shown any more.
         shown = [process.stderr.readline() for _ in said]
@@ -518,7 +520,8 @@ def test_serve_stops_on_signals(
 def test_serve_ends_when_java_does(store: Path) -> None:
     with serve(store) as process:
         read_until(process, "ready: ")
-        (java,) = psutil.Process(process.pid).children()
+        java = child_of(process.pid, JAVA)
+        assert java is not None
         java.kill()
         _, err = process.communicate(timeout=GUARD_SECONDS)
     assert process.returncode == 1

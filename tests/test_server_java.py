@@ -68,6 +68,7 @@ def test_java_gets_no_more_cpus_than_it_needs(
         raise ServerError("enough")
 
     monkeypatch.setattr("server.torchserve.find_java", lambda: Java(Path("java"), 17))
+    monkeypatch.setattr("server.torchserve.Front.start", lambda self: None)
     monkeypatch.setattr("subprocess.Popen", note)
     server = TorchServe(options(store))
     with pytest.raises(ServerError, match="enough"):

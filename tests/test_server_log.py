@@ -12,8 +12,8 @@ from pathlib import Path
 from subprocess import Popen
 from urllib.parse import urlsplit
 
-import psutil  # comes with torchserve
 import pytest
+from conftest import JAVA, child_of
 from test_server import GUARD_SECONDS, pack, read_until, serve
 
 from handler import logs
@@ -94,7 +94,8 @@ def test_a_request_writes_no_line_and_an_error_writes_errors(store: Path) -> Non
             ask(address)
         ask(address, (10, 20, 30, 40), fails=True)
         lines = lines_until(process, "ValueError: no such word")
-        (java,) = psutil.Process(process.pid).children()
+        java = child_of(process.pid, JAVA)
+        assert java is not None
         written = [path for path in Path(java.cwd()).rglob("*.log") if path.stat().st_size]
     assert lines[:8] == [
         *(f"{level:<5} MODEL_LOG - {text}" for level in ("INFO", "WARN", "ERROR")

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import psutil  # comes with torchserve
 import pytest
-from conftest import GUARD_SECONDS, JSON, PREDICT, ROOT
+from conftest import GUARD_SECONDS, HAPROXY, JAVA, JSON, PREDICT, ROOT, child_of
 from test_container import MIG
 from test_health import got, samples
 from test_rest_streaming import heard
@@ -132,18 +132,12 @@ class Supervised:
 
     @property
     def java(self) -> int | None:
-        found = self.child("java")
+        found = child_of(self.process.pid, JAVA)
         return found.pid if found is not None else None
 
     @property
     def front(self) -> psutil.Process | None:
-        return self.child("haproxy")
-
-    def child(self, name: str) -> psutil.Process | None:
-        with contextlib.suppress(psutil.Error):
-            children = psutil.Process(self.process.pid).children()
-            return next((one for one in children if one.name() == name), None)
-        return None
+        return child_of(self.process.pid, HAPROXY)
 
     def until(self, start: str) -> str:
         for line in self.process.stdout:
