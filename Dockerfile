@@ -62,7 +62,8 @@ RUN cd /opt/seq2serve && /opt/venv/bin/python -B -m server.classes
 FROM torch AS training-files
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     /pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-compile \
-      -c /pip/pins sentencepiece pyyaml sentencex torch-model-archiver sacrebleu tqdm tensorboard
+      -c /pip/pins sentencepiece pyyaml sentencex torch-model-archiver sacrebleu protobuf charset-normalizer \
+      tqdm tensorboard
 COPY LICENSE /opt/seq2serve/
 COPY recipes /opt/seq2serve/recipes
 COPY handler /opt/seq2serve/handler

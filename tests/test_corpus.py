@@ -137,6 +137,7 @@ def test_lines_that_end_with_cr_alone_are_named(tmp_path: Path) -> None:
         ("a.zip", b"PK\x03\x04\x14\0\0\0", "is zip, or an office document; "),
         ("a.parquet", b"PAR1\x15\x04\0", "is Parquet; .*training.md"),
         ("a.tmx", b'<?xml version="1.0"?>\n<tmx version="1.4">\n', "is TMX; .*training.md"),
+        ("a.xlf", '\ufeff<?xml version="1.0"?><xliff>'.encode(), "is XLIFF; .*training.md"),
         ("a.tmx", '<?xml version="1.0"?>\n<tmx>\n'.encode("utf-16"), "is TMX; .*training.md"),
         ("a.jsonl", b'{"source": "one", "target": "eins"}\n', "is JSON; .*training.md"),
         ("a.json", b"[\n  {", "is JSON; .*training.md"),
@@ -148,7 +149,9 @@ def test_other_formats_are_named(tmp_path: Path, name: str, content: bytes, told
         list(lines(tmp_path / name))
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', "PAR1", "BZh", "PK\x03\x04", "<seg>", "%PDF"])
+@pytest.mark.parametrize(
+    "text", ['{"a": 1}', "PAR1", "BZh", "PK\x03\x04", "<seg>", "a <tmx> is", "%PDF"]
+)
 def test_text_that_begins_like_another_format_is_text(tmp_path: Path, text: str) -> None:
     assert list(lines(written(tmp_path, a=f"{text}\n".encode()) / "a")) == [text]
 

@@ -30,9 +30,9 @@ def foreign(path: Path, head: bytes) -> str | None:
             return told(name, how.format(shlex.quote(str(path))))
     wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = head.decode("utf-16" if wide else "utf-8", errors="ignore")
-    if found := MARKUP.search(text):
+    if text.lstrip("\ufeff \r\n").startswith("<") and (found := MARKUP.search(text)):
         return told(found[1].upper(), "see 'Text in other forms' in docs/training.md")
-    if path.suffix in (".json", ".jsonl", ".ndjson") and is_json(text.lstrip().split("\n")[0]):
+    if path.suffix in (".json", ".jsonl", ".ndjson") and is_json(text.lstrip("\ufeff \r\n").split("\n")[0]):
         return told("JSON", "see 'Text in other forms' in docs/training.md")
     return None
 
