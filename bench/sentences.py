@@ -5,7 +5,9 @@
 Those that can be imported are compared; another version of one comes first on PYTHONPATH. Cases are
 lines `language|text` or `language|text|sentences` (0: any number will do). Of a TSV of pairs, such
 as Tatoeba's, a column is taken, of a language, and six of its texts make a paragraph: those that
-end with a full stop or the like and have none inside, nor has their translation.
+end with a full stop or the like and have none inside, nor has their translation. Where yasbd-lib is
+there, its titles and other abbreviations that never end a sentence are tried too, as they are
+written and capitalised, before a name: in how many the text stays whole, the mean of 20 languages.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from handler.sentences import Splitter
 Split = Callable[[str], list[str]]
 INSIDE = re.compile(r"[.?!…]['\"”“»]?\s+\S")
 ENDS = re.compile(r"[.?!…。]['\"”“»]?$")
+LANGUAGES = "nl it pt es fr de en pl cs tr sv da ro ru uk el sk bg id vi".split()  # noqa: SIM905
 TOGETHER = 6
 MOST = 3000  # texts of a column
 HOSTILE = (".", '"', "(", "「", "«", "Mr. ", "A. ", "a")
@@ -124,12 +127,37 @@ def paragraphs(named: str) -> tuple[str, list[list[str]]]:
     return language, [texts[i : i + TOGETHER] for i in range(0, len(texts), TOGETHER)]
 
 
+def abbreviated() -> dict[str, list[str]]:
+    """Single sentences of each language, with an abbreviation of yasbd-lib's before a name."""
+    try:
+        rules = importlib.import_module("yasbd.rules")
+    except ImportError:
+        return {}
+    sentences = {}
+    for code in LANGUAGES:
+        one = rules.load_rule(code, ext_registry={})
+        words = {word for word in one.TITLE_ABBRVS | one.INLINE_ONLY_ABBRVS if " " not in word}
+        words |= {word[:1].upper() + word[1:] for word in words}
+        sentences[code] = [f"So {word}. Demir so." for word in sorted(words)]
+    return sentences
+
+
+def whole(make: Callable[[str], Split], sentences: dict[str, list[str]]) -> float:
+    """The share of single sentences that stay whole, the mean of the languages."""
+    shares = []
+    for code, texts in sentences.items():
+        split = make(code)
+        shares.append(sum(not ends(split(text)) for text in texts) / len(texts))
+    return sum(shares) / len(shares)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=Path, required=True)
     parser.add_argument("--text", action="append", default=[], help="FILE:COLUMN:LANGUAGE")
     given = parser.parse_args()
     told, known = cases(given.cases), [paragraphs(one) for one in given.text]
+    held_out = abbreviated()
     for name, make in found().items():
         right = sum(len(ends(make(code)(text))) + 1 == count for code, text, count in told)
         print(f"{name}: cases {right} of {len(told)}", end="")
@@ -145,6 +173,8 @@ def main() -> None:
             spent = time.process_time() - began
             print(f"; {language} precision {hit / max(1, hit + wrong):.4f}, recall "
                   f"{hit / max(1, hit + missed):.4f}, {spent / size * 1e6:.2f} ms/kB", end="")
+        if held_out:
+            print(f"; abbreviations kept {whole(make, held_out):.3f}", end="")
         grown = []
         for pattern in HOSTILE:
             spent_on = []

@@ -73,6 +73,10 @@ ABBREVIATIONS = frozenset(
 )
 # Words in lower case that sentencex takes for abbreviations, of states for the most part.
 ORDINARY = frozenset("me man no ill art mass miss wash fed ok ore pa mich mag".split())
+# Words of other languages among the English abbreviations.
+FOREIGN = frozenset(
+    "mar con sens ken dak ark del ala la gen ind min sen sept ont pa ma mo id al pl te".split()
+)
 JOINING = "'’:"  # inside a word or a time of day
 INSIDE = JOINING + "."  # and inside what is shortened
 LONGEST = 24  # characters looked at before a period: more than any abbreviation has
@@ -120,6 +124,7 @@ class Splitter:
     def __init__(self, language: str | None = None) -> None:
         self.missing = ""
         self.language: Language | None = None
+        self.english: Language | None = None
         try:
             known = package("sentencex")
         except MissingPackage as error:
@@ -129,7 +134,7 @@ class Splitter:
             found = known.get_language_class(code)
             if found.language == DEFAULT:  # or this regional form of it is not known
                 found = known.get_language_class(code.partition("-")[0])
-            self.language = found()
+            self.language, self.english = found(), known.get_language_class(DEFAULT)()
 
     @property
     def name(self) -> str | None:
@@ -179,14 +184,17 @@ class Splitter:
         """
         if not may_end_sentence(found):
             return False
-        if self.language is None:
+        if self.language is None or self.english is None:
             raise MissingPackage(self.missing)
         if found["marks"] != "." or found["closing"]:
             return True
         end = found.start()
         head = unicodedata.normalize("NFC", found.string[max(start, end - LONGEST) : end])
-        if head.rpartition(" ")[2] in ORDINARY:
+        word = head.rpartition(" ")[2]
+        if word in ORDINARY:
             return True
+        if word not in FOREIGN and self.english.is_abbreviation(head, "", "."):
+            return False  # such as "prof." and "vs.", which other languages have too
         return not self.language.is_abbreviation(head, "", ".")
 
 
