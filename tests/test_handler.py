@@ -79,7 +79,7 @@ class Recorder:
 def context(folder, handler=ONE_THREAD, gpu=None) -> Context:
     manifest = json.loads((folder / MANIFEST).read_text())
     config = {"minWorkers": 1, "handler": handler}
-    ctx = Context("seq2seq", str(folder), manifest, 8, gpu, "0.12.0", model_yaml_config=config)
+    ctx = Context("seq2seq", str(folder), manifest, 80, gpu, "0.12.0", model_yaml_config=config)
     ctx.metrics = Recorder()
     return ctx
 
