@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of which the median is told")
     parser.add_argument("--sentences", type=int, default=512, help="of text: at most this many")
     parser.add_argument("--sentences-at-1", type=int, help="at batch 1, where all take long")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS], help="beside")
     parser.add_argument("--profile", action="store_true", help="of ours alone, by operators")
     parser.add_argument("--model", type=Path, help="a trained model.pt, instead of random weights")
     parser.add_argument("--source-tokenizer", type=Path)
@@ -98,7 +99,8 @@ def main() -> None:
         return
     if arguments.beside is not None:
         print(f"{described()}; `{command}`; target tokens a second of CPU time\n")
-        beside(arguments.beside.absolute(), list(jobs(arguments)), arguments.rounds)
+        folder, work = arguments.beside.absolute(), list(jobs(arguments))
+        beside(folder, work, arguments.rounds, arguments.formats)
         return
     print(
         f"{described()}; `{command}`; target tokens a second, {arguments.sentences} sentences "
@@ -182,7 +184,10 @@ class Runner:
         return answer
 
 
-def beside(folder: Path, work: list[Job], rounds: int) -> None:
+FORMATS = {"float32": "ours", "int8": "ours_int8"}  # our modules of `bench.peers`
+
+
+def beside(folder: Path, work: list[Job], rounds: int, formats: list[str]) -> None:
     """Print our speed, that of another checkout, and the ratio, for each job and number format."""
     names = f"here ({revision(ROOT)})", f"beside ({revision(folder)})"
     print(f"| size | threads | | batch | format | {names[0]} | {names[1]} | here / beside |")
@@ -191,7 +196,8 @@ def beside(folder: Path, work: list[Job], rounds: int) -> None:
     with ExitStack() as stack:
         systems = [
             (form, [stack.enter_context(Runner(form, python, module, at)) for at in (ROOT, folder)])
-            for form, module in (("float32", "ours"), ("int8", "ours_int8"))
+            for form, module in FORMATS.items()
+            if form in formats
         ]
         for job in work:
             for form, both in systems:
