@@ -43,16 +43,6 @@ _START_SECONDS = 10.0
 _PIPE = 1 << 20
 _F_SETPIPE_SZ = 1031  # of Linux; fcntl.F_SETPIPE_SZ has it on Python 3.10 and later, there alone
 
-# Runs HAProxy so that it ends when we are killed: in a process of its own, because what a fork does
-# among threads is not safe. PR_SET_PDEATHSIG is 1; prctl(2).
-_MORTAL = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
 
 @dataclass(frozen=True)
 class FrontOptions:
@@ -176,10 +166,9 @@ class Front:
             "FRONT_ANSWERS": options.limits.answers,
         }
         command = [find_haproxy(), "-db", "-f", str(options.config.resolve())]
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _MORTAL, str(os.getpid()), *command]
         self._process = subprocess.Popen(
-            command,
+            # Our own thread, which starts it anew, waits for its end.
+            bound(command, lasting=threading.current_thread() is self._thread),
             env=os.environ | {name: str(value) for name, value in (numbers | told).items()},
             cwd=options.folder,
             pass_fds=tuple(numbers.values()),

@@ -33,11 +33,15 @@ def ending_signals() -> tuple[signal.Signals, ...]:
     return asked if kept else (*asked, signal.SIGHUP)
 
 
-def bound(command: list[str]) -> list[str]:
+def bound(command: list[str], lasting: bool = False) -> list[str]:
     """Return `command` such that the kernel kills its process when this one dies, of whatever; see
-    bound.py. As it is where there is no such thing (macOS), and beside the main thread."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not sys.platform.startswith("linux") or not ours:
+    bound.py. As it is where there is no such thing (macOS), and in a thread that may end before.
+
+    Args:
+        lasting: this thread does not end before the command does; the main thread never does.
+    """
+    lasting = lasting or threading.current_thread() is threading.main_thread()
+    if not sys.platform.startswith("linux") or not lasting:
         return command
     return [sys.executable, "-I", "-S", str(_BOUND), str(os.getpid()), *command]
 

@@ -32,7 +32,8 @@ def foreign(path: Path, head: bytes) -> str | None:
     text = head.decode("utf-16" if wide else "utf-8", errors="ignore")
     if text.lstrip("\ufeff \r\n").startswith("<") and (found := MARKUP.search(text)):
         return told(found[1].upper(), "see 'Text in other forms' in docs/training.md")
-    if path.suffix in (".json", ".jsonl", ".ndjson") and is_json(text.lstrip("\ufeff \r\n").split("\n")[0]):
+    first = text.lstrip("\ufeff \r\n").split("\n")[0]
+    if path.suffix in (".json", ".jsonl", ".ndjson") and is_json(first):
         return told("JSON", "see 'Text in other forms' in docs/training.md")
     return None
 
