@@ -85,7 +85,7 @@ class Tokenizer:
         """What `encode` reads of `text`, and so all that can be decoded again: normalised as this
         vocabulary was learnt, which may change nothing."""
         read = str(self._processor.normalize(text.strip(SPACE)))
-        return read.replace(SIGN, " ").removeprefix(" ")
+        return read.replace(SIGN, " ").lstrip(" ")
 
     def sample(self, ids: list[int], alpha: float) -> list[int]:
         """The ids of the text of `ids`, cut into pieces at random: by a unigram model among all
@@ -99,14 +99,15 @@ class Tokenizer:
         )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; padding, BOS and EOS are skipped wherever they are, and byte pieces
-        that form no UTF-8 become U+FFFD.
+        """The text of `ids`, without spaces before it; padding, BOS and EOS are skipped wherever
+        they are, and byte pieces that form no UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id that is not in the vocabulary.
         """
         skipped = (self.PAD, self.BOS, self.EOS)
-        return str(self._processor.decode([i for i in self._known(ids) if i not in skipped]))
+        said = [i for i in self._known(ids) if i not in skipped]
+        return str(self._processor.decode(said)).lstrip(" ")
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """The piece of each id; U+2581 stands for a space, <0xE4> for a byte.

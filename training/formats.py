@@ -16,7 +16,7 @@ BINARY = (
     (b"\xfd7zXZ\0", "xz", "xz -dk {}"),
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dk {}"),
     (b"PK\x03\x04", "zip, or an office document", "unzip {}, or save it as plain text"),
-    (b"PAR1", "Parquet", "see 'Text in other forms' in docs/training.md"),
+    (b"PAR1", "Parquet", "see 'Your text' in docs/training.md"),
     (b"%PDF", "PDF", "pdftotext {}"),
 )
 MARKUP = re.compile(r"<(tmx|xliff)\b")
@@ -29,12 +29,11 @@ def foreign(path: Path, head: bytes) -> str | None:
         if head.startswith(start) and not plain(head):
             return told(name, how.format(shlex.quote(str(path))))
     wide = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = head.decode("utf-16" if wide else "utf-8", errors="ignore")
-    if text.lstrip("\ufeff \r\n").startswith("<") and (found := MARKUP.search(text)):
-        return told(found[1].upper(), "see 'Text in other forms' in docs/training.md")
-    first = text.lstrip("\ufeff \r\n").split("\n")[0]
-    if path.suffix in (".json", ".jsonl", ".ndjson") and is_json(first):
-        return told("JSON", "see 'Text in other forms' in docs/training.md")
+    text = head.decode("utf-16" if wide else "utf-8", errors="ignore").lstrip("\ufeff \r\n")
+    if text.startswith("<") and (found := MARKUP.search(text)):
+        return told(found[1].upper(), "see 'Your text' in docs/training.md")
+    if path.suffix in (".json", ".jsonl", ".ndjson") and is_json(text.split("\n")[0]):
+        return told("JSON", "see 'Your text' in docs/training.md")
     return None
 
 
