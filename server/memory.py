@@ -19,7 +19,7 @@ _LEAST_HEAP = 192  # MiB
 # Of Java's memory for the network, in parts of the heap: 336 requests of 256 KiB are 84 MiB, and
 # what is left holds answers until their clients have read them.
 _DIRECT = 5 / 8
-_BODIES = 84  # MiB
+_QUEUED = 84  # MiB
 # MiB of one answer of max_response_bytes, as Java grows its buffer.
 _ANSWER = 8
 _NATIVE = 128  # MiB of Java beside its heap and buffers: classes, compiled code, threads
@@ -61,7 +61,7 @@ class Shares:
     @property
     def front(self) -> FrontLimits:
         """What the front may let happen at once with that."""
-        return FrontLimits(int(self.heap * _UPLOADS), max(1, (self.direct - _BODIES) // _ANSWER))
+        return FrontLimits(int(self.heap * _UPLOADS), max(1, (self.direct - _QUEUED) // _ANSWER))
 
 
 def shares(limit: int | None, archive: int) -> Shares:
