@@ -24,6 +24,7 @@ from model.serving import ServingModel, scripted
 from model.shortlist import Shortlist
 
 CPU = torch.device("cpu")
+HALF = 2.0**-11  # between two numbers of half precision below 1
 
 
 class Forms:
@@ -186,7 +187,7 @@ def assert_same(got, expected, tolerance):
         assert mine.log_probability == close(other.log_probability)
         assert (mine.alignment is None) == (other.alignment is None)
         for one, another in zip(mine.alignment or [], other.alignment or [], strict=True):
-            assert one == close(another)
+            assert one == pytest.approx(another, abs=tolerance + HALF)
 
 
 def assert_rows_add_up(engine):
@@ -290,7 +291,7 @@ def test_scores_and_alignments_are_those_of_the_model_reading_the_answer(forms, 
         if model.has_attention:
             aligned = torch.tensor([*result.alignment], dtype=paid.dtype).view(-1, source.size(1))
             expected = paid[: len(result.tokens), 0, 0]
-            torch.testing.assert_close(aligned, expected, rtol=0, atol=2.0**-12)  # of halves
+            torch.testing.assert_close(aligned, expected, rtol=0, atol=HALF)
 
 
 @settings(max_examples=8)
