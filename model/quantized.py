@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.int8 import Int8Embedding, Int8Projection, rows_for_native
 from model.encoding import ServingEncoder
+from model.int8 import Int8Embedding, Int8Projection, rows_for_native
 from model.int8_lstm import Int8Cell, Int8Layer
 from model.lstm import Cell, LSTMStack
 from model.network import positions, reversed_within

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from handler.decoding.model import load, packed
+from handler.decoding.model import packed
 from handler.decoding.native import declare
 from model import Ensemble, ModelOptions, Network, ServingModel
-from model.lstm import Projection
 from model.network import reversed_within
+from model.projection import Projection
 from model.serving import scripted
 
 VOCABULARY = 23

@@ -19,7 +19,7 @@ from handler.decoding.graphs import Called
 from handler.decoding.model import load
 from handler.decoding.runner import Runner
 from model import ModelOptions, Network, ServingModel
-from model.lstm import Projection
+from model.projection import Projection
 from model.serving import scripted
 
 CPU = torch.device("cpu")
