@@ -79,7 +79,10 @@ class Seq2SeqHandler:
             )
         torch.set_num_threads(options.threads or max(1, usable_cpus() - 1))
         described = ctx.manifest["model"]
-        model = load(str(folder / described["serializedFile"]), device, options.weights)
+        model = load(
+            str(folder / described["serializedFile"]), device, options.weights,
+            options.batch_invariance,
+        )  # fmt: skip
         source, target = (Tokenizer(folder / f"{side}.model") for side in ("source", "target"))
         sizes = (source.size, target.size)
         if sizes != (model.source_vocabulary, model.target_vocabulary):

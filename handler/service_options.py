@@ -13,8 +13,9 @@ class ServiceOptions:
         and on a GPU for the greatest power of two up to 1,024 that its free memory allows.
     beams: on a GPU, beam sizes whose steps are recorded before the first request comes, each with
         memory for all rows; others are several times slower there. 1 is greedy search.
-    batch_invariance: on a GPU, compute in tiles of 64 rows where a sentence would depend on how
-        many are beside it; false is faster there, and says so in the log and the card.
+    batch_invariance: compute in tiles of 64 rows on a GPU, of 16 on a CPU without native operators,
+        where a sentence would depend on how many are beside it; false is faster there, and says so
+        in the log and the card.
     round_ms: milliseconds between two looks at new requests, and between two events of a stream.
         In them new requests are let in, those that take long for a quarter of the time, and the
         rest is decoding; then one step more at most, on a GPU four. A call costs the frontend

@@ -126,9 +126,9 @@ class ServingEncoder(nn.Module):
             return False
         invariant = True
         for lstm, call in zip(self.stack.calls, self.calls):
-            weights: list[Tensor] = lstm._flat_weights
+            weights: list[Tensor] = lstm._flat_weights  # type: ignore[assignment]
             at = 0
-            for layer in call:
+            for layer in call:  # type: ignore[attr-defined]
                 for direction in layer:
                     own = weights[at : at + 4]
                     invariant = direction.pack(own, native, onednn, tiles) and invariant

@@ -121,8 +121,9 @@ class Projection(nn.Module):
             return True
         inputs = self.weight.size(1)
         if onednn:
-            for piece in self.weight.split(self.deepest, 1):
-                packed = torch.ops.mkldnn._reorder_linear_weight(piece.contiguous(), self.packed_for)
+            for some in self.weight.split(self.deepest, 1):
+                piece = some.contiguous()
+                packed = torch.ops.mkldnn._reorder_linear_weight(piece, self.packed_for)
                 self.blocked.append(packed)
             self.weight = torch.empty(0)
         self.invariant = self.steady(inputs)

@@ -23,7 +23,7 @@ from model.encoding import ServingEncoder
 from model.network import Attention, Bridge, Network, attend, positions, reversed_within
 from model.projection import Projection
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 4
 ATTENDED, INITIAL = 3, 2  # tensors of memory in each half, for one model
 
 
@@ -313,7 +313,7 @@ class Ensemble(nn.Module):
         invariant = True
         for member in self.members:
             member.pack(native, onednn, tiles)  # type: ignore[operator]
-            invariant = member.invariant and invariant
+            invariant = member.invariant and invariant  # type: ignore[assignment]
         self.invariant = invariant
 
 

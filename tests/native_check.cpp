@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "../model/native/float32.h"
 #include "../model/native/kernels.h"
 
 using namespace seq2serve;
@@ -103,6 +104,42 @@ int check(const Kernels& kernels) {
   return 0;
 }
 
+int check(const FloatKernels& kernels) {
+  seed = 7;
+  digest = 14695981039346656037u;
+  for (int round = 0; round < 60; ++round) {
+    const int rows = 1 + draw(20), size = 1 + draw(70), inputs = 1 + draw(90), more = draw(5);
+    const int groups = (size + 15) / 16, outputs = groups * 64 - draw(64);
+    const auto packed = floats(static_cast<size_t>(groups) * inputs * 64);
+    const auto bias = floats(groups * 64);
+    const FloatWeights w{packed.data(), bias.data(), groups, inputs};
+    const auto x = floats((rows - 1) * (inputs + more) + inputs);
+    const FloatRows given{x.data(), static_cast<size_t>(inputs + more), rows};
+    std::vector<float> c = floats(rows * size), h(rows * size), next(rows * size);
+    std::vector<FloatCellRow> row(rows);
+    for (int r = 0; r < rows; ++r)
+      row[r] = {bias.data(), c.data() + r * size, h.data() + r * size, next.data() + r * size};
+    std::vector<float> y(static_cast<size_t>(rows) * outputs);
+    for (int group = 0; group < groups; ++group) {
+      kernels.cell(given, w, group, size, row.data());
+      kernels.linear(given, w, group, outputs, round % 2 == 0, y.data());
+    }
+    const int steps = 1 + draw(40), heads = 1 + draw(3), head = 1 + draw(40);
+    const auto query = floats(heads * head), keys = floats(static_cast<size_t>(steps) * heads * head);
+    std::unique_ptr<bool[]> mask(new bool[steps]);
+    for (int s = 0; s < steps; ++s) mask[s] = s == 0 || s < steps / 2;
+    std::vector<float> scratch(steps), context(heads * head), weights(steps);
+    kernels.attend(query.data(), keys.data(), keys.data(), mask.get(),
+                   round % 3 ? query.data() : nullptr, steps, heads, head, scratch.data(),
+                   context.data(), weights.data());
+    for (const auto& all : {c, h, next, y, context, weights}) told(all);
+    float sum = 0;
+    for (float one : weights) sum += one;
+    if (std::fabs(sum - 1) > 1e-4f) return 2;
+  }
+  return 0;
+}
+
 const Kernels* named(const char* name) {
 #ifdef AMX_EMULATED
   if (std::strcmp(name, "amx") == 0) return kernels("avx512") == nullptr ? nullptr : &amx;
@@ -116,6 +153,12 @@ int main() {
     if (one == nullptr) continue;
     const int wrong = check(*one);
     std::printf("%s: %d %016llx\n", name, wrong, static_cast<unsigned long long>(digest));
+    if (wrong) return wrong;
+  }
+  for (const FloatKernels* one : {&float_avx2, &float_avx512}) {
+    if (kernels(one->name) == nullptr) continue;
+    const int wrong = check(*one);
+    std::printf("float %s: %d %016llx\n", one->name, wrong, static_cast<unsigned long long>(digest));
     if (wrong) return wrong;
   }
   return 0;

@@ -123,10 +123,23 @@ def native(*shortlist: Shortlist) -> Callable[[Path | None], Any]:
     return model
 
 
+def float32(native: bool) -> Callable[[Path | None], Any]:
+    def model(library: Path | None) -> Any:
+        if native and not library:
+            pytest.skip("no native operators on this machine")
+        made = build("attention").float()
+        made.pack(native, torch.backends.mkldnn.is_available())
+        assert made.invariant
+        return made
+
+    return model
+
+
 # A further runner is one more line: its model, and how its engine is made.
 MADE = [
     Made("table", lambda _: HashModel(), True),
-    Made("float32", lambda _: packed(build("attention").float(), CPU), False),
+    Made("float32", float32(native=False), True),
+    Made("native float32", float32(native=True), True),
     Made("int8", native(), True, Leaping),
     Made("int8 with a shortlist, step by step", native(listed()), True, Asking),
     Made("static", lambda _: build("attention").float(), False, static, True),

@@ -254,7 +254,7 @@ def test_kernels_stay_within_their_buffers_and_agree(
         checked.append("-DAMX_EMULATED")
         flags["amx"] = (*FLAGS["avx512"], "-include", str(here / "amx_emulated.h"))
     objects = []
-    for name in ("avx2", "avx512", "amx", "dispatch"):
+    for name in ("avx2", "avx512", "amx", "dispatch", "float32_avx2", "float32_avx512"):
         objects.append(str(tmp_path / f"{name}.o"))
         subprocess.run(
             [compiler, *checked, *flags[name], "-c", str(SOURCES / f"{name}.cpp"), "-o",
@@ -267,6 +267,8 @@ def test_kernels_stay_within_their_buffers_and_agree(
     assert done.returncode == 0, done.stdout + done.stderr
     told = dict(line.split(": ") for line in done.stdout.splitlines())
     assert "avx2" in told
+    floats = {told.pop(name) for name in list(told) if name.startswith("float ")}
+    assert len(floats) == 1
     assert len(set(told.values())) == 1, told
     if emulated:
         assert ("amx" in told) == ("avx512" in told)

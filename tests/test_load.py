@@ -79,6 +79,6 @@ def test_weights_stay_apart_where_there_is_no_cudnn(tmp_path):
 
 
 def test_new_models_say_that_they_name_the_operators():
-    assert FORMAT_VERSION == 5
+    assert FORMAT_VERSION == 4
     code = scripted(build("attention")).readout.code
     assert "seq2serve.attend" in code

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from handler.decoding.model import packed
 from handler.decoding.native import declare
 from model import Ensemble, ModelOptions, Network, ServingModel
-from model.lstm import Projection
 from model.network import reversed_within
+from model.projection import Projection
 from model.serving import scripted
 
 VOCABULARY = 23

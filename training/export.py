@@ -34,8 +34,8 @@ LIBRARIES = Path(__file__).parent.parent / "build" / "native"
 
 
 def export(recipe: Recipe, run: Run) -> Path:
-    """Write model.pt and check that what was written decodes as the network does. Beside one with
-    int8 weights lies the library that makes it fast, where this machine can compile it.
+    """Write model.pt and check that what was written decodes as the network does. Beside it lies
+    the library that makes it fast on a CPU, where this machine can compile it.
 
     Raises:
         RunError: nothing trained yet, scores of other weights or options, a shortlist for an
@@ -53,7 +53,7 @@ def export(recipe: Recipe, run: Run) -> Path:
     library(run).unlink(missing_ok=True)
     if recipe.export.weights == "int8":
         model = quantized(model, shortlist_of(recipe, run))
-        compiled(library(run))
+    compiled(library(run))
     model.card = json.dumps(card(recipe, run, origin), indent=1, ensure_ascii=False)
     write_atomically(run.model, lambda temporary: scripted(model).save(str(temporary)))
     check(model, run.model)
@@ -93,8 +93,8 @@ def compiled(path: Path) -> None:
         shutil.copy(build(LIBRARIES, native.library()), path)
     except NoCompiler as error:
         print(
-            f"export: {error}: the model works, but several times slower on a CPU; export it on a "
-            "machine with a compiler, of the kind that serves",
+            f"export: {error}: the model works, but slower on a CPU, with int8 weights several "
+            "times; export it on a machine with a compiler, of the kind that serves",
             file=sys.stderr,
         )
     native.enable(path.parent)

@@ -34,7 +34,7 @@ class Ours:
         model: Any = ServingModel(network, max_source_length=256, max_target_length=256)
         if self.int8:
             model = quantized(model)
-            native.enable(build(LIBRARIES, native.library()).parent)
+        native.enable(build(LIBRARIES, native.library()).parent)
         with tempfile.TemporaryDirectory() as folder:  # loaded as the handler loads it
             path = Path(folder) / "model.pt"
             scripted(model).save(str(path))

@@ -139,8 +139,10 @@ class Engine:
 
     @property
     def invariant(self) -> bool | None:
-        """Whether recorded steps gave the same logits, to the bit, however many rows were computed.
-        Encoding, and what is not recorded, is not tested. None on a CPU, where nothing is."""
+        """Whether a sentence is the same, to the bit, in any company. On a CPU as the model found
+        when its weights were laid out; None for one that does not say. On a GPU whether recorded
+        steps gave the same logits however many rows were computed; encoding, and what is not
+        recorded, is not tested there."""
         return self.runner.invariant
 
     @property

@@ -14,10 +14,7 @@ from handler.decoding.rows import sent
 
 logger = logging.getLogger(__name__)
 
-# From 4 on, steps on a GPU call the operators of kernels.py; from 5 on, a CPU computes each row as if
-# it was alone.
-FORMAT_VERSIONS = (3, 4, 5)
-BY_ROWS = 5
+FORMAT_VERSIONS = (3, 4)  # from 4 on, steps on a GPU call the operators of kernels.py
 CUDNN_LSTM = 2  # cuDNN's number of this kind of network
 Weights = Literal["auto", "float32", "float16", "bfloat16"]
 TENSOR_CORES = (7, 0)  # the least capability of a GPU that multiplies half precision fast
@@ -194,8 +191,10 @@ def packed(model: Any, device: torch.device, tiles: bool = True) -> Any:
             depend on those beside it.
     """
     cpu = device.type == "cpu"
-    by_rows = model.format_version >= BY_ROWS
-    use_native = cpu and bool(native.enabled()) and (not by_rows or native.implements("float_linear"))
+    by_rows = hasattr(model, "invariant")  # else exported before rows were computed as if alone
+    use_native = cpu and bool(native.enabled())
+    if by_rows and not native.implements("float_linear"):  # a library of an older export
+        use_native = False
     onednn = cpu and torch.backends.mkldnn.is_available()
     if not by_rows:
         model.pack(use_native, onednn)

@@ -55,7 +55,8 @@ class Runner:
         self.lane_of: dict[int, Lane] = {}  # by id, of sentences in rows
         self.encoded: dict[int, tuple[Encoded, int]] = {}  # batch and place, of those in none
         self.fresh: list[int] = []  # ids that have rows and no token yet
-        self.invariant: bool | None = None  # see `Engine.invariant`
+        # See `Engine.invariant`.
+        self.invariant: bool | None = getattr(model, "invariant", None)
         self.memory: Any = None  # an empty one of the model's own type
 
     def apply(self, plan: Plan) -> Report:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from handler.decoding.rows import sent
+from handler.decoding.selection import logsumexp
 from handler.decoding.sentence import Sentence
 
 MOST = 1 << 40  # which no vocabulary has; a client may name any number
@@ -105,7 +106,7 @@ def of_likeliest(scaled: Tensor, luck: Tensor, draws: Draws) -> Tensor:
     """
     vocabulary = scaled.size(1)
     most = torch.where(draws.most > 0, draws.most.clamp(max=vocabulary), vocabulary)  # [N]
-    total = scaled.logsumexp(1)
+    total = logsumexp(scaled)
     values, tokens = scaled.topk(min(NUCLEUS, vocabulary), 1)
     place, reached = among(values, most, draws.nucleus, total, luck)
     # Of more than these, the k likeliest have a total of their own.
@@ -132,7 +133,7 @@ def among(
     inside = torch.arange(count, device=values.device) < most.unsqueeze(1)  # [N, C]
     values = values.masked_fill(~inside, float("-inf"))
     whole = most <= count
-    total = torch.where(whole, values.logsumexp(1), total)
+    total = torch.where(whole, logsumexp(values), total)
     shares = (values - total.unsqueeze(1)).exp().cumsum(1)  # [N, C]
     reached = shares[:, -1] >= nucleus
     kept = ((shares < nucleus.unsqueeze(1)) & inside).sum(1, keepdim=True) + 1  # [N, 1]

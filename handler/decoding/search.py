@@ -230,4 +230,5 @@ def coverage(covered: Tensor, source: Tensor) -> Tensor:
     source token, EOS, need not be covered. At least -23 a token; double [N, K]."""
     place = torch.arange(covered.size(2), device=covered.device)
     counted = (place < (source - 1).unsqueeze(1)).unsqueeze(1)  # [N, 1, S]
-    return covered.clamp(LEAST_PAID, 1.0).log().masked_fill(~counted, 0.0).double().sum(2)
+    paid = covered.clamp(LEAST_PAID, 1.0).log().masked_fill(~counted, 0.0).double()
+    return paid.cumsum(2)[:, :, -1:].sum(2)  # in one order, however long the longest source is

@@ -6,6 +6,7 @@ from torch import Tensor
 BLOCK = 64  # logits that the first stage of top-k looks at together
 BLOCKED_FROM = 2048  # vocabulary from which two stages are faster than one
 SCRATCH = 1 << 18  # floats that stay in a processor's cache
+PIECE = 1 << 14  # logits, less than what torch's threads share
 LAST = 0x7FFFFFFF  # of int32
 
 
@@ -14,8 +15,16 @@ def normalisers(logits: Tensor) -> Tensor:
     logits would be memory fresh from the system at every step, which costs five times as much."""
     rows = max(1, SCRATCH // (logits.size(1) * logits.size(2)))
     if logits.size(0) <= rows:
-        return logits.logsumexp(2)
-    return torch.cat([some.logsumexp(2) for some in logits.split(rows)])  # [N, K]
+        return logsumexp(logits)
+    return torch.cat([logsumexp(some) for some in logits.split(rows)])  # [N, K]
+
+
+def logsumexp(x: Tensor) -> Tensor:
+    """log sum exp of each row of [..., V]. A long row goes in pieces: torch shares the sum of a
+    single one among its threads, which then go in another order."""
+    if x.size(-1) <= PIECE or x.is_cuda:
+        return x.logsumexp(-1)
+    return torch.stack([piece.logsumexp(-1) for piece in x.split(PIECE, -1)], -1).logsumexp(-1)
 
 
 def top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ AVX512 = (
     "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
     "-mprefer-vector-width=512",
 )  # fmt: skip
-FLOAT_AVX512 = tuple(flag for flag in AVX512 if "vnni" not in flag)
+FLOAT_AVX512 = tuple(flag for flag in AVX512 if flag != "-mavx512vnni")
 FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": AVX512,
@@ -62,9 +63,13 @@ def build(folder: Path, name: str) -> Path:
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         objects = [Path(temporary, f"{source}.o") for source in FLAGS]
-        for source, target in zip(FLAGS, objects):
-            run(compiler, *COMMON, *FLAGS[source], "-isystem", str(torch_folder / "include"),
-                "-c", str(SOURCES / f"{source}.cpp"), "-o", str(target))  # fmt: skip
+        commands = [
+            (compiler, *COMMON, *FLAGS[source], "-isystem", str(torch_folder / "include"),
+             "-c", str(SOURCES / f"{source}.cpp"), "-o", str(target))
+            for source, target in zip(FLAGS, objects)
+        ]  # fmt: skip
+        with ThreadPoolExecutor(os.cpu_count()) as compilers:
+            list(compilers.map(lambda command: run(*command), commands))
         linked = Path(temporary, name)
         run(compiler, "-shared", "-s", *map(str, objects), f"-L{torch_folder / 'lib'}",
             "-ltorch_cpu", "-lc10", "-o", str(linked))  # fmt: skip
