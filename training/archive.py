@@ -45,16 +45,21 @@ def archive(recipe: Recipe, run: Run, store: Path) -> Path:
     built = store / f"{NAME}.mar"
     with tempfile.TemporaryDirectory(prefix="seq2serve-") as folder:
         staging, out = Path(folder, "content"), Path(folder, "out")
-        for name, path in contents(run).items():
-            place = staging / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, place)
-        write_digests(staging)
+        stage(run, staging)
         out.mkdir()
         pack(recipe, staging, out, Path(folder))
         write_atomically(built, lambda temporary: repack(out / built.name, temporary))
     write_text(built.with_name(f"{built.name}.sha256"), f"{sha256(built)}  {built.name}\n")
     return built
+
+
+def stage(run: Run, staging: Path) -> None:
+    """Copy everything that goes into the archive to one folder, with its digests."""
+    for name, path in contents(run).items():
+        place = staging / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    write_digests(staging)
 
 
 def contents(run: Run) -> dict[str, Path]:
