@@ -124,7 +124,8 @@ class Admission:
                 for segment, ids in self.read(sentence, request.options):
                     segments.append(segment)
                     where = place(request.texts, i)
-                    sources.append((yield from self.tokens(segment.text, ids, where)))
+                    read = self.tokens(segment.text, ids, where, request.options)
+                    sources.append((yield from read))
                     yield
                 self.reserve(pending, len(segments) - before - 1)
             if sources and not any(sources):
@@ -287,33 +288,35 @@ class Admission:
             "request; send them in several",
         )
 
-    def tokens(self, text: str, known: list[int] | None, where: str) -> Work[Sequence[int]]:
+    def tokens(
+        self, text: str, known: list[int] | None, where: str, options: RequestOptions
+    ) -> Work[Sequence[int]]:
         """Ids of a sentence, with EOS; none where nothing is left of it.
 
         Args:
             known: the ids without EOS, if it has been tokenized.
         """
-        ids = known if known is not None else (yield from self.tokenized(text, where))
+        ids = known if known is not None else (yield from self.tokenized(text, where, options))
         if len(ids) > self.reader.limit:
-            raise self.too_long(text, where, str(len(ids)))
+            raise self.too_long(text, where, str(len(ids)), options)
         return array("i", [*ids, self.engine.model.eos_id] if ids else [])
 
-    def tokenized(self, text: str, where: str) -> Work[list[int]]:
+    def tokenized(self, text: str, where: str, options: RequestOptions) -> Work[list[int]]:
         """Ids of a sentence; of a long one only if it can be short enough."""
         least = 0
         for begin in range(0, len(text) if len(text) > WINDOW else 0, WINDOW):
             least += len(self.narrator.source.encode(text[begin : begin + WINDOW])) - WITHIN
             yield
             if least > self.reader.limit:
-                raise self.too_long(text, where, f"more than {least}")
+                raise self.too_long(text, where, f"more than {least}", options)
         return self.narrator.source.encode(text)
 
-    def too_long(self, text: str, where: str, tokens: str) -> Refusal:
+    def too_long(self, text: str, where: str, tokens: str, options: RequestOptions) -> Refusal:
+        advice = "" if options.split else ", or with split true a text that can be cut"
         return Refusal(
             413, "TextTooLong",
             f"{where}: got a sentence of {len(text)} characters, {tokens} tokens; allowed: at most "
-            f"{self.reader.limit} tokens; send shorter sentences, or with split true a text that "
-            "can be cut",
+            f"{self.reader.limit} tokens; send shorter sentences{advice}",
         )
 
     def prefix(self, options: RequestOptions) -> list[int]:

@@ -106,18 +106,18 @@ HOSTILE = [
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_little_is_done_between_two_pieces(pattern):
     """However long the text: what is encoded at once has a bounded length, but where nothing can
-    be cut and the whole is refused."""
+    be cut: a long text is then left to whoever reads it, and a shorter one refused."""
     text = ("a" + pattern * 200_000)[:200_000].strip() + "a"
     source, limit = Words(characters=True), 100
     began = time.perf_counter()
     got = list(Reader(source, limit).read(Segment(text, "")))
     assert time.perf_counter() - began < 30  # quadratic time would be hours
     assert "".join(piece.text + piece.gap for piece, _ in got) == text
-    if all(len(ids) <= limit for _, ids in got):
+    if all(ids is not None and len(ids) <= limit for _, ids in got):
         assert max(source.encoded) <= 2 * limit * PIECE
         assert sum(source.encoded) <= 12 * len(text)
     else:
-        assert any(len(ids) > limit for _, ids in got)
+        assert any(ids is None or len(ids) > limit for _, ids in got)
         assert not re.search(r"\s", text) or '"' in pattern
 
 
