@@ -69,11 +69,12 @@ def running(verb: str, store: Path, state: Path) -> Iterator[tuple[subprocess.Po
         process.stderr.close()
 
 
-def family(process: subprocess.Popen[str]) -> tuple[psutil.Process, psutil.Process]:
-    """Java and the worker."""
-    (java,) = psutil.Process(process.pid).children()
-    (worker,) = java.children()
-    return java, worker
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """HAProxy, Java and the worker."""
+    found = {Path(one.exe()).name: one for one in psutil.Process(process.pid).children()}
+    assert set(found) == {"haproxy", "java"}
+    (worker,) = found["java"].children()
+    return [*found.values(), worker]
 
 
 def gone(*processes: psutil.Process) -> bool:
@@ -98,32 +99,32 @@ def ask(port: int) -> bytes:
 )
 def test_every_signal_that_asks_for_the_end_is_obeyed(talker, tmp_path, verb, number, status):
     with running(verb, talker, tmp_path) as (process, _):
-        both = family(process)
+        all_of_it = family(process)
         process.send_signal(number)
         assert process.wait(GUARD_SECONDS) == status
-        assert gone(*both)
+        assert gone(*all_of_it)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends orphans")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
-def test_java_and_the_worker_die_with_their_server(talker, tmp_path, number):
+def test_whatever_a_server_started_dies_with_it(talker, tmp_path, number):
     with running("serve", talker, tmp_path) as (process, port):
-        both = family(process)
+        all_of_it = family(process)
         process.send_signal(number)
         process.wait(GUARD_SECONDS)
-        assert gone(*both)
+        assert gone(*all_of_it)
         socket.create_server(("127.0.0.1", port)).close()  # for the next one
 
 
 @pytest.mark.parametrize("verb", ["serve", "supervise"])
 def test_output_that_nobody_reads_stops_neither_requests_nor_the_end(talker, tmp_path, verb):
     with running(verb, talker, tmp_path) as (process, port):
-        both = family(process)
+        all_of_it = family(process)
         assert [ask(port) for _ in range(3)] == [b"said"] * 3  # 3 MB, of which a pipe takes 64 kB
         process.terminate()
         assert process.wait(GUARD_SECONDS) == (1 if verb == "supervise" else 128 + signal.SIGTERM)
-        assert gone(*both)
+        assert gone(*all_of_it)
 
 
 # Lines

@@ -27,12 +27,13 @@ from handler.doors import Door
 from handler.request import JSON, TEXT
 from handler.service import EVENTS, Incoming, Reply, Service
 from handler.tokenizer import Tokenizer
+from training.normalization import AS_IT_STANDS
 from training.recipe import TokenizerOptions
 from training.tokenizer import learn
 
 OPEN = ": open\n\n"
 BYTES = Tokenizer(
-    learn(TokenizerOptions(normalization="identity"), 268, ["the cat sat"] * 3, "source_vocabulary")
+    learn(TokenizerOptions(), 268, ["the cat sat"] * 3, "source_vocabulary", AS_IT_STANDS)
 )
 
 
