@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from handler.blank import blank
 from handler.decoding.options import DecodingOptions
 from handler.doors import DOORS, Door, Native, PlainText
 from handler.fields import FieldError, read, shown
-from handler.tokenizer import blank
 
 JSON = "application/json"
 TEXT = "text/plain"

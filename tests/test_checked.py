@@ -155,12 +155,12 @@ def test_a_record_that_cannot_be_read_is_refused(content, record):
 
 
 def test_an_archive_that_expands_beyond_any_model_is_refused(content, monkeypatch):
-    archive = archived(content, ("model.pt.zeros", bytes(3 << 20)))
+    archive = archived(content, ("model.pt.zeros", bytes(20 << 20)))
     monkeypatch.setattr("server.archive._SMALL", 2 << 20)
     with pytest.raises(ServerError, match="allowed is 20 times its size, or 2097152") as error:
         check_archive(archive)
     one_line(error)
-    monkeypatch.setattr("server.archive._SMALL", 4 << 20)
+    monkeypatch.setattr("server.archive._SMALL", 40 << 20)
     with pytest.raises(ServerError, match=r"has model\.pt\.zeros"):
         check_archive(archive)
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import training.tokenizer
-from handler.tokenizer import SIGN, SPACE, Tokenizer, blank
+from handler.blank import SIGN, SPACE, blank
+from handler.tokenizer import Tokenizer
 from training.corpus import CorpusError, too_long
 from training.normalization import AS_IT_STANDS, Normalization
 from training.recipe import TokenizerOptions

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from handler.tokenizer import SPACE, blank
+from handler.blank import SPACE, blank
 from training import formats
 from training.recipe import CleaningOptions, FilesOptions
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from handler.answer import Narrator, Part, prefixed
+from handler.blank import blank
 from handler.clauses import Reader
 from handler.decoding import Engine, SequenceModel
 from handler.decoding.model import packed
@@ -16,7 +17,7 @@ from handler.decoding.offline import in_order
 from handler.extras import MissingPackage
 from handler.request import RequestOptions
 from handler.sentences import Segment, Splitter, source_language
-from handler.tokenizer import Tokenizer, blank
+from handler.tokenizer import Tokenizer
 
 ROWS = 64  # hypotheses decoded together offline
 

@@ -19,8 +19,9 @@ from typing import IO, Any, TypeVar
 
 from tqdm import tqdm
 
+from handler.blank import blank
 from handler.integrity import sha256
-from handler.tokenizer import Tokenizer, blank
+from handler.tokenizer import Tokenizer
 from model import SpecialTokens
 from training.corpus import (
     CorpusError,

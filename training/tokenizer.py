@@ -9,7 +9,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from handler.tokenizer import SPACE, Tokenizer, blank
+from handler.blank import SPACE, blank
+from handler.tokenizer import Tokenizer
 from training.corpus import CorpusError
 from training.normalization import AS_IT_STANDS, Normalization, of_source, of_target
 from training.recipe import TokenizerOptions
