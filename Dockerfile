@@ -25,7 +25,7 @@ COPY pyproject.toml /pip/
 # The secret, if there is one, is a pip.conf: an index may have a password in its address.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     set -eu; \
-    sed -n 's/^ *"\([A-Za-z0-9._-]*==[^"]*\)".*/\1/p' /pip/pyproject.toml > /pip/pins; \
+    sed -n 's/^ *"\([A-Za-z0-9._-]*==[^";]*\)[";].*/\1/p' /pip/pyproject.toml > /pip/pins; \
     version=$(sed -n 's/^torch==//p' /pip/pins); \
     install() { /pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-compile "$@"; }; \
     case $TORCH in \
