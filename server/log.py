@@ -89,9 +89,10 @@ class ServerLog:
 
     def _follow(self) -> None:
         for text in self._stream:
-            line = with_level(without_quotes(escaped(text.rstrip())))
+            line = escaped(text.rstrip())
             if _NOISE.search(line):
                 continue
+            line = with_level(without_quotes(line))
             if _WORKER_DIED in line:
                 self.worker_died = True
             with self._lock:
