@@ -79,7 +79,7 @@ def test_an_encoding_waits_for_its_lengths_alone(watch, model):
     with waits(watch) as found:
         memory, state = encode_batch(model, [[5, 6, EOS], [7, EOS]], GPU)
     assert len(watch.waits) == 3 * encoders
-    assert {one.partition(":")[0] for one in found} == {"network.py"}
+    assert {one.partition(":")[0] for one in found} == {"encoding.py"}
     assert {t.device for t in [*memory.attended, *memory.initial, *state]} == {GPU}
 
 
@@ -135,7 +135,7 @@ def test_a_round_of_the_runner_waits_for_encoding_alone(watch, name):
         assert not runner.run(4).events
         assert not runner.apply(Plan(enter=ids[2:])).events
         assert not runner.run(4).events
-    assert {one for one in found if not one.startswith("network.py:")} == set()
+    assert {one for one in found if not one.startswith("encoding.py:")} == set()
 
 
 # Steps kernel by kernel
