@@ -33,7 +33,7 @@ from server.process import bound, end_group
 # The command of the runtime API that haproxy.cfg's `proc.closing` waits for.
 _CLOSE = "experimental-mode on; set var proc.closing bool(true)"
 # Connections that wait for HAProxy to take them: more than come in the second that a start takes.
-_BACKLOG = 4096
+BACKLOG = 4096
 _KEPT_LINES = 50
 # A front that ends so often, each time within so many seconds, does so again.
 _MOST_ENDS, _SOON = 5, 2.0
@@ -240,26 +240,6 @@ class Front:
         status = self._process.poll() if self._process is not None else None
         told = [line.partition(" : ")[2] for line in self._lines]
         return "; ".join(told[-3:]) or f"it said nothing; exit status {status}"
-
-
-def listening(name: str, host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 means any free one.
-
-    Raises:
-        ServerError: it cannot be used, and by which name.
-    """
-    one = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        one.bind((host, port))
-        one.listen(_BACKLOG)
-    except OSError as error:
-        one.close()
-        raise ServerError(
-            f"{name} port {port} on {host} cannot be used ({error.strerror}): "
-            "stop what uses it, or choose another (0 means a free one)"
-        ) from error
-    return one
 
 
 def find_haproxy() -> str:

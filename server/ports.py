@@ -25,19 +25,33 @@ def choose_ports(wanted: Mapping[str, tuple[str, int]]) -> dict[str, int]:
         # Fixed ports first, so that no free choice takes one of them; and all held to the end, so
         # that two free choices differ.
         for name, (host, port) in sorted(wanted.items(), key=lambda item: item[1][1] == 0):
-            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
-            # As the server does it: a port whose last connections are still closing is usable.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-                probe.listen(1)
-            except OSError as error:
-                raise ServerError(
-                    f"{name} port {port} on {host} cannot be used ({error.strerror}): "
-                    "stop what uses it, or choose another (0 means a free one)"
-                ) from error
+            probe = held.enter_context(listening(name, host, port, 1))
             chosen[name] = probe.getsockname()[1]
     return chosen
+
+
+def listening(name: str, host: str, port: int, backlog: int) -> socket.socket:
+    """Return a socket that listens; port 0 means any free one.
+
+    Args:
+        backlog: connections that may wait to be taken.
+
+    Raises:
+        ServerError: it cannot be used, and by which name.
+    """
+    one = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # A port whose last connections are still closing is usable.
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        one.bind((host, port))
+        one.listen(backlog)
+    except OSError as error:
+        one.close()
+        raise ServerError(
+            f"{name} port {port} on {host} cannot be used ({error.strerror}): "
+            "stop what uses it, or choose another (0 means a free one)"
+        ) from error
+    return one
 
 
 def unsent(port: int, tables: Path = Path("/proc/net")) -> int:

@@ -39,7 +39,7 @@ from server.environment import (
     utf8_locale,
 )
 from server.errors import ServerError
-from server.front import Front, FrontOptions, listening
+from server.front import BACKLOG, Front, FrontOptions
 from server.health import HealthServer
 from server.java import find_java
 from server.jvm import classes_file, jvm_flags
@@ -47,7 +47,7 @@ from server.log import ServerLog, exit_reason, load_failure
 from server.memory import Shares, memory_limit, shares
 from server.options import LOOPBACK, VERBOSE, ServerOptions
 from server.output import STDOUT
-from server.ports import choose_ports
+from server.ports import choose_ports, listening
 from server.process import (
     GONE_SECONDS,
     STOP_SECONDS,
@@ -329,9 +329,9 @@ class TorchServe:
 
     def _started_front(self, folder: Path, protocol: int) -> Front:
         options, ports = self.options, self._ports
-        clients = listening("inference", options.host, ports["inference"])
+        clients = listening("inference", options.host, ports["inference"], BACKLOG)
         try:
-            metrics = listening("metrics", options.metrics_host, ports["metrics"])
+            metrics = listening("metrics", options.metrics_host, ports["metrics"], BACKLOG)
         except ServerError:
             clients.close()
             raise

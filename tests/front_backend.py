@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.front import Front, FrontOptions, listening
+from server.front import BACKLOG, Front, FrontOptions
 from server.memory import FrontLimits
 from server.options import FRONT_CONFIG
+from server.ports import listening
 
 LARGE = 3_000_000  # bytes of an answer of `large`
 DIED = b'{"code": 500, "type": "InternalServerException", "message": "Worker died."}'
@@ -141,7 +142,7 @@ def fronted(
         text = text.replace(before, f"    timeout {name.replace('_', '-')} {value}")
     # Short: a socket's path has 108 bytes.
     folder = Path(tempfile.mkdtemp(prefix="front-"))
-    clients, metrics = (listening(name, "127.0.0.1", 0) for name in ("clients", "metrics"))
+    clients, metrics = (listening(name, "127.0.0.1", 0, BACKLOG) for name in ("clients", "metrics"))
     port = clients.getsockname()[1]
     (folder / "haproxy.cfg").write_text(text)
     options = FrontOptions(
