@@ -1,16 +1,14 @@
 // The float32 kernels as operators of TorchScript; see operators.cpp for int8. Each is one parallel
 // region over groups of columns, so that every row is computed by the same code.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "compute.h"
 #include "float32.h"
 
 namespace {
@@ -20,6 +18,9 @@ using seq2serve::FloatCellRow;
 using seq2serve::FloatKernels;
 using seq2serve::FloatRows;
 using seq2serve::FloatWeights;
+using seq2serve::floats;
+using seq2serve::scratch;
+using seq2serve::shared_out;
 
 constexpr int64_t COLUMNS = 64, LANES = 16;  // of a group; of one of its four panels
 
@@ -49,38 +50,12 @@ std::string use(const std::string& name) {
   return one == nullptr ? "" : one->name;
 }
 
-const float* floats(const Tensor& t, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_cpu() && t.is_contiguous(), name,
-              ": expected contiguous float32 on the CPU");
-  TORCH_CHECK(t.sizes() == shape, name, ": got shape ", t.sizes(), ", expected ", shape);
-  return t.const_data_ptr<float>();
-}
-
 // [packed, bias] of model/projection.py, for `inputs` inputs.
 FloatWeights weights(at::TensorList t, int64_t inputs, const char* name) {
   TORCH_CHECK(t.size() == 2 && t[0].dim() == 3, name, ": expected two packed tensors");
   const int64_t groups = t[0].size(0);
   return {floats(t[0], name, {groups, inputs, COLUMNS}), floats(t[1], name, {groups * COLUMNS}),
           static_cast<int>(groups), static_cast<int>(inputs)};
-}
-
-template <typename T>
-T* scratch(size_t count) {
-  static thread_local std::vector<T> kept;
-  if (kept.size() < count) kept.resize(count);
-  return kept.data();
-}
-
-// Each thread takes one piece of 0..count; nothing below it throws.
-template <typename Work>
-void shared_out(int64_t count, const Work& work) {
-  const int threads = static_cast<int>(std::min<int64_t>(at::get_num_threads(), count));
-  if (threads <= 1) {
-    if (count > 0) work(0, count);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int i = 0; i < threads; ++i) work(count * i / threads, count * (i + 1) / threads);
 }
 
 // Rows of `first` and `second` side by side, in this thread's scratch where there are two. Rows of
