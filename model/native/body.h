@@ -8,7 +8,7 @@
 //             int32_t* c)
 //
 // up to BESIDE rows by 64 channels that lie anywhere, [depth] each.
-#include "vector.h"
+#include "attention.h"
 
 #include "kernels.h"
 
@@ -177,39 +177,8 @@ float normaliser(const float* maxima, const float* sums, int groups) {
 
 void attend(const float* query, const float* keys, const float* values, const bool* mask, int n,
             int heads, int size, float* scratch, float* context, float* weights) {
-  const int width = heads * size;
-  for (int s = 0; s < n; ++s) weights[s] = 0.0f;
-  for (int head = 0; head < heads; ++head) {
-    const int at = head * size;
-    float maximum = -std::numeric_limits<float>::infinity();
-    for (int s = 0; s < n; ++s) {
-      if (!mask[s]) continue;
-      const float* key = keys + (size_t)s * width + at;
-      Floats dot = Floats{};
-      for (int i = 0; i < size; i += LANES)
-        dot += load(query + at + i, size - i) * load(key + i, size - i);
-      scratch[s] = sum(dot);
-      maximum = scratch[s] > maximum ? scratch[s] : maximum;
-    }
-    Floats total = Floats{};
-    for (int s = 0; s < n; s += LANES) {
-      Floats e = exponential(load(scratch + s, n - s) - maximum);
-      for (int i = 0; i < LANES; ++i) e[i] = s + i < n && mask[s + i] ? e[i] : 0.0f;
-      store(scratch + s, e, n - s);
-      total += e;
-    }
-    const float share = 1.0f / sum(total);
-    for (int s = 0; s < n; ++s) {
-      scratch[s] *= share;
-      weights[s] += scratch[s] / heads;
-    }
-    for (int i = 0; i < size; i += LANES) {
-      Floats mixed = Floats{};
-      for (int s = 0; s < n; ++s)
-        if (mask[s]) mixed += scratch[s] * load(values + (size_t)s * width + at + i, size - i);
-      store(context + at + i, mixed, size - i);
-    }
-  }
+  attended(query, keys, values, mask, nullptr, n, heads, size, scratch, context, weights,
+           [](Floats a, Floats b, Floats c) { return a * b + c; });
 }
 
 }  // namespace

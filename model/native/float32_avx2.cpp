@@ -4,12 +4,13 @@
 #include <cstddef>
 #include <cstring>
 
+#include "vector.h"
+
 namespace seq2serve {
 namespace {
 
-constexpr int BLOCK = 6;  // 12 of the 16 registers hold sums, 2 hold weights
-
-// COUNT of the eight registers of a group's columns, from column `w` on.
+// COUNT of the eight registers of a group's columns, from column `w` on. Of six rows 12 of the 16
+// registers hold sums, 2 hold weights.
 template <int ROWS, int COUNT>
 void columns_of(const float* x, size_t stride, const float* w, int depth, size_t ahead, float* c) {
   __m256 sums[ROWS][COUNT];
@@ -37,15 +38,7 @@ void product_of(const float* x, size_t stride, const float* w, int depth, size_t
     columns_of<ROWS, COUNT>(x, stride, w + p * 8, depth, ahead, c + p * 8);
 }
 
-void product(const float* x, size_t stride, int rows, const float* w, int depth, size_t ahead, float* c) {
-  static constexpr decltype(&product_of<1>) of[BLOCK] = {
-      product_of<1>, product_of<2>, product_of<3>, product_of<4>, product_of<5>, product_of<6>};
-  of[rows - 1](x, stride, w, depth, ahead, c);
-}
-
-typedef float Sixteen __attribute__((vector_size(64)));
-
-inline Sixteen fused(Sixteen a, Sixteen b, Sixteen c) {
+inline Floats fused(Floats a, Floats b, Floats c) {
   __m256 parts[3][2];
   std::memcpy(parts[0], &a, sizeof a);
   std::memcpy(parts[1], &b, sizeof b);

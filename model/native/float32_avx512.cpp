@@ -3,11 +3,12 @@
 
 #include <cstddef>
 
+#include "vector.h"
+
 namespace seq2serve {
 namespace {
 
-constexpr int BLOCK = 6;  // 24 of the 32 registers hold sums, 4 hold weights
-
+// Of six rows 24 of the 32 registers hold sums, 4 hold weights.
 template <int ROWS>
 void product_of(const float* x, size_t stride, const float* w, int depth, size_t ahead, float* c) {
   __m512 sums[ROWS][4];
@@ -28,16 +29,8 @@ void product_of(const float* x, size_t stride, const float* w, int depth, size_t
     for (int p = 0; p < 4; ++p) _mm512_storeu_ps(c + r * 64 + p * 16, sums[r][p]);
 }
 
-void product(const float* x, size_t stride, int rows, const float* w, int depth, size_t ahead, float* c) {
-  static constexpr decltype(&product_of<1>) of[BLOCK] = {
-      product_of<1>, product_of<2>, product_of<3>, product_of<4>, product_of<5>, product_of<6>};
-  of[rows - 1](x, stride, w, depth, ahead, c);
-}
-
-typedef float Sixteen __attribute__((vector_size(64)));
-
-inline Sixteen fused(Sixteen a, Sixteen b, Sixteen c) {
-  return (Sixteen)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+inline Floats fused(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
-// The float32 kernels, around `product`, which the including file has for its processor:
+// The float32 kernels, around what the including file has for its processor: `fused`, a * b + c
+// rounded once, and
 //
-//   void product(const float* x, size_t stride, int rows, const float* w, int depth, size_t ahead,
-//                float* c)
+//   template <int ROWS>
+//   void product_of(const float* x, size_t stride, const float* w, int depth, size_t ahead, float* c)
 //
-// multiplies up to BLOCK rows by one group of weights, without the bias: c [rows, 64]. What lies
-// `ahead` floats behind the weights that it reads is fetched into the cache.
-#include "vector.h"
-
+// which multiplies rows, BLOCK at most, by one group of weights, without the bias: c [ROWS, 64]. What
+// lies `ahead` floats behind the weights that it reads is fetched into the cache.
+#include "attention.h"
 #include "float32.h"
 
 namespace seq2serve {
@@ -14,6 +14,15 @@ namespace {
 
 constexpr int COLUMNS = 64, PANELS = 4;  // of a group
 constexpr size_t NEXT = 24;  // inputs after one whose weights are fetched while it is computed
+
+constexpr int BLOCK = 6;  // rows whose sums fit into the registers
+
+void product(const float* x, size_t stride, int rows, const float* w, int depth, size_t ahead,
+             float* c) {
+  static constexpr decltype(&product_of<1>) of[BLOCK] = {
+      product_of<1>, product_of<2>, product_of<3>, product_of<4>, product_of<5>, product_of<6>};
+  of[rows - 1](x, stride, w, depth, ahead, c);
+}
 
 // Calls `each(row, sums [64])` with the products of every row and a group.
 template <typename Each>
@@ -62,44 +71,7 @@ void cell(const FloatRows& x, const FloatWeights& w, int group, int size,
 void attend(const float* query, const float* keys, const float* values, const bool* mask,
             const float* v, int n, int heads, int size, float* scratch, float* context,
             float* weights) {
-  const int width = heads * size;
-  for (int s = 0; s < n; ++s) weights[s] = 0.0f;
-  for (int head = 0; head < heads; ++head) {
-    const int at = head * size;
-    float maximum = -std::numeric_limits<float>::infinity();
-    for (int s = 0; s < n; ++s) {
-      if (!mask[s]) continue;
-      const float* key = keys + (size_t)s * width + at;
-      Floats dot = Floats{};
-      for (int i = 0; i < size; i += LANES) {
-        const Floats q = load(query + at + i, size - i), k = load(key + i, size - i);
-        dot = fused(v == nullptr ? q : tangent(q + k),
-                    v == nullptr ? k : load(v + at + i, size - i), dot);
-      }
-      scratch[s] = sum(dot);
-      maximum = scratch[s] > maximum ? scratch[s] : maximum;
-    }
-    Floats total = Floats{};
-    for (int s = 0; s < n; s += LANES) {
-      Floats e = exponential(load(scratch + s, n - s) - maximum);
-      for (int i = 0; i < LANES; ++i) e[i] = s + i < n && mask[s + i] ? e[i] : 0.0f;
-      store(scratch + s, e, n - s);
-      total += e;
-    }
-    const float share = 1.0f / sum(total);
-    for (int s = 0; s < n; ++s) {
-      scratch[s] *= share;
-      weights[s] += scratch[s] / heads;
-    }
-    for (int i = 0; i < size; i += LANES) {
-      Floats mixed = Floats{};
-      for (int s = 0; s < n; ++s)
-        if (mask[s])
-          mixed = fused(Floats{} + scratch[s],
-                        load(values + (size_t)s * width + at + i, size - i), mixed);
-      store(context + at + i, mixed, size - i);
-    }
-  }
+  attended(query, keys, values, mask, v, n, heads, size, scratch, context, weights, fused);
 }
 
 }  // namespace
