@@ -36,7 +36,6 @@ from handler.integrity import verify_digests
 from handler.logs import set_up
 from handler.reporting import Calls, report
 from handler.request import Refusal, door_of
-from handler.sentences import Splitter, source_language
 from handler.service import Reply, Service, departed, internal_error, refused
 from handler.service_options import ServiceOptions
 from handler.tokenizer import Tokenizer
@@ -95,12 +94,6 @@ class Seq2SeqHandler:
         cuda = CudaOptions(options.beams, options.batch_invariance)
         engine = Engine(model, rows, device, cuda=cuda)
         weights = number_format(model.card, weight_type(model), device)
-        splitter = Splitter(source_language(model.card))
-        if splitter.missing:
-            logger.warning(
-                "texts of several sentences are refused unless split is false: splitting %s",
-                splitter.missing,
-            )
         self.service = Service(
             engine,
             source,
@@ -110,9 +103,14 @@ class Seq2SeqHandler:
             options,
             serving={
                 "device": str(device), "weights": weights, "rows": rows,
-                "batch_invariant": engine.invariant, "splitter": splitter.name,
+                "batch_invariant": engine.invariant,
             },
         )
+        if missing := self.service.admission.splitter.missing:
+            logger.warning(
+                "texts of several sentences are refused unless split is false: splitting %s",
+                missing,
+            )
         warn_of_few_requests(int(ctx.system_properties.get("batch_size") or 0), rows)
         times.append(time.perf_counter())
         self.service.warm_up()

@@ -169,8 +169,8 @@ class Service:
         if path == "card":
             card = self.engine.model.card
             if self.serving is not None:
-                whole = json.loads(card) | {"serving": self.serving}
-                card = json.dumps(whole, ensure_ascii=False)
+                serving = {**self.serving, "splitter": self.admission.splitter.name}
+                card = json.dumps(json.loads(card) | {"serving": serving}, ensure_ascii=False)
             return Reply(200, JSON, card)
         if path == "schema":
             return Reply(200, JSON, json.dumps(schema(RequestOptions, self.options.max_texts)))
