@@ -77,7 +77,7 @@ class NativeLane(Lane):
         reserve = self.attended if count else Reserve.like(attended)
         rows = self.state if count else [t[:0] for t in state]
         if total > count:
-            rows = [longer(table, total * width) for table in rows]
+            rows = [padded(table, [total * width, *table.shape[1:]]) for table in rows]
         reserve = reserve.put(places, attended)
         facts = [fact for row in fact_rows(sentences, 0) for fact in row]
         ops.begin(tables, rows, places, facts, longest, self.vocabulary.bos, state)
@@ -181,10 +181,3 @@ def fresh(places: int, width: int, longest: list[int]) -> Board:
     """A board on which nobody is yet."""
     room = max(column_sizes.LEAST_ROOM, *longest)
     return board_of(Sizes(places, 0, room - 1), width, 0, torch.float, CPU)
-
-
-def longer(table: Tensor, rows: int) -> Tensor:
-    """With room for so many rows; `table` is as good as it was."""
-    larger = table.new_empty((rows, *table.shape[1:]))
-    larger[: table.size(0)] = table
-    return larger

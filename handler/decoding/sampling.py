@@ -47,7 +47,6 @@ class Draws:
             sent([lucky(s, longest) for s in sentences], device, torch.double),
         )
 
-
     @classmethod
     def none(cls, count: int, device: torch.device) -> "Draws":
         """Of so many sentences that do not sample."""
