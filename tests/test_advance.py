@@ -122,13 +122,18 @@ def same(mine, plain):
     )
 
 
-@given(
-    k=st.integers(1, 8), n=st.integers(1, 3), room=st.integers(1, 12),
-    vocabulary=st.sampled_from([5, 9, 30]), equal=st.booleans(),
-    odd=st.sampled_from([0.0, 0.0, 0.2]), seed=st.integers(0, 2**31),
-)  # fmt: skip
-@example(k=4, n=2, room=12, vocabulary=30, equal=True, odd=0.0, seed=1)
-@example(k=1, n=3, room=12, vocabulary=9, equal=False, odd=0.2, seed=2)
+def games(test):
+    """Of any size, equal scores and odd ones among them."""
+    test = given(
+        k=st.integers(1, 8), n=st.integers(1, 3), room=st.integers(1, 12),
+        vocabulary=st.sampled_from([5, 9, 30]), equal=st.booleans(),
+        odd=st.sampled_from([0.0, 0.0, 0.2]), seed=st.integers(0, 2**31),
+    )(test)  # fmt: skip
+    test = example(k=4, n=2, room=12, vocabulary=30, equal=True, odd=0.0, seed=1)(test)
+    return example(k=1, n=3, room=12, vocabulary=9, equal=False, odd=0.2, seed=2)(test)
+
+
+@games
 @settings(max_examples=40, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @pytest.mark.usefixtures("emulated")

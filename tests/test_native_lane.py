@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from table_model import EOS, drained
-from test_advance import INFINITY, NAN, Game
+from test_advance import INFINITY, NAN, Game, games
 from test_laws import Watched, alone, assert_nothing_is_held, run, tasks_of
 from test_model import VOCABULARY, build
 
@@ -49,13 +49,7 @@ def searched(values, tokens, normaliser, eos, board):
     assert ended == board[3].nonzero().flatten().tolist()
 
 
-@given(
-    k=st.integers(1, 8), n=st.integers(1, 3), room=st.integers(1, 12),
-    vocabulary=st.sampled_from([5, 9, 30]), equal=st.booleans(),
-    odd=st.sampled_from([0.0, 0.0, 0.2]), seed=st.integers(0, 2**31),
-)  # fmt: skip
-@example(k=4, n=2, room=12, vocabulary=30, equal=True, odd=0.0, seed=1)
-@example(k=1, n=3, room=12, vocabulary=9, equal=False, odd=0.2, seed=2)
+@games
 @settings(max_examples=25, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 def test_a_search_is_that_of_plain_torch(k, n, room, vocabulary, equal, odd, seed):
